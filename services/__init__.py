@@ -1,0 +1,1 @@
+"""Host services; each package is one process."""

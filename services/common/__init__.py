@@ -1,0 +1,1 @@
+"""Host code shared by the services and the client."""

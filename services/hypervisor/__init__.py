@@ -1,0 +1,1 @@
+"""Micro-VMs: one confined group of processes per box."""

@@ -1,0 +1,1 @@
+"""OCI images and guest images, made into bootable files."""

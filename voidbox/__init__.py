@@ -1,0 +1,3 @@
+"""Composable agent runtime with enforced isolation."""
+
+__version__ = "0.1.0"
