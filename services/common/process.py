@@ -1,0 +1,69 @@
+"""The one way to run a short host program: explicit environment, no stdin, no shell."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+
+from services.common.errors import Internal, TimedOut, WrongState
+
+_TAIL = 2000
+
+
+class CommandFailed(Internal):
+    """A host program failed; the message holds argv, exit code and the end of its stderr."""
+
+    default_reason = "COMMAND_FAILED"
+
+
+def clean_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A minimal environment: PATH, locale and temporary directory of ours, then `extra`."""
+    env = {key: os.environ[key] for key in ("PATH", "TMPDIR", "HOME") if key in os.environ}
+    env.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    return env | {"LC_ALL": "C.UTF-8"} | dict(extra or {})
+
+
+async def run(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    cwd: str | os.PathLike[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    seconds: float = 600,
+    pass_fds: Sequence[int] = (),
+) -> bytes:
+    """Run `argv` to its end and return its stdout.
+
+    Raises:
+        WrongState: the program is not installed (reason `PROGRAM_MISSING`).
+        TimedOut: it ran longer than `seconds`; it has been killed.
+        CommandFailed: it exited with another code than 0.
+    """
+    words = [os.fspath(word) for word in argv]
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *words,
+            cwd=cwd,
+            env=clean_env(env),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            pass_fds=pass_fds,
+        )
+    except FileNotFoundError as error:
+        raise WrongState(f"{words[0]} is not installed", reason="PROGRAM_MISSING", program=words[0]) from error
+    try:
+        async with asyncio.timeout(seconds):
+            out, err = await child.communicate()
+    except TimeoutError as error:
+        raise TimedOut(f"{words[0]} took longer than {seconds:g} s", argv=words) from error
+    finally:
+        if child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+    if child.returncode != 0:
+        tail = err[-_TAIL:].decode(errors="replace").strip()
+        raise CommandFailed(f"{' '.join(words)} exited with {child.returncode}: {tail}", exit_code=child.returncode)
+    return out
