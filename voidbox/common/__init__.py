@@ -1,0 +1,1 @@
+"""Generated from protos/voidbox/common; see `make protos`."""

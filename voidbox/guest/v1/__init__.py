@@ -1,0 +1,1 @@
+"""Generated from protos/voidbox/guest; see `make protos`."""

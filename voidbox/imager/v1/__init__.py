@@ -1,0 +1,1 @@
+"""Generated from protos/voidbox/imager; see `make protos`."""

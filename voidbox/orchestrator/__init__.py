@@ -1,0 +1,1 @@
+"""Generated from protos/voidbox/orchestrator; see `make protos`."""
