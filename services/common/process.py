@@ -52,7 +52,9 @@ async def run(
             pass_fds=pass_fds,
         )
     except FileNotFoundError as error:
-        raise WrongState(f"{words[0]} is not installed", reason="PROGRAM_MISSING", program=words[0]) from error
+        raise WrongState(
+            f"{words[0]} is not installed", reason="PROGRAM_MISSING", program=words[0]
+        ) from error
     try:
         async with asyncio.timeout(seconds):
             out, err = await child.communicate()
@@ -65,5 +67,7 @@ async def run(
             await child.wait()
     if child.returncode != 0:
         tail = err[-_TAIL:].decode(errors="replace").strip()
-        raise CommandFailed(f"{' '.join(words)} exited with {child.returncode}: {tail}", exit_code=child.returncode)
+        raise CommandFailed(
+            f"{' '.join(words)} exited with {child.returncode}: {tail}", exit_code=child.returncode
+        )
     return out
