@@ -8,10 +8,12 @@ an error.
 
 from __future__ import annotations
 
+import contextlib
 from typing import ClassVar, NoReturn
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN = "voidbox"
@@ -178,9 +180,11 @@ def from_rpc_error(error: grpc.RpcError) -> VoidboxError:
     for key, value in (call.trailing_metadata() or ()) if call else ():
         if key != STATUS_DETAILS_KEY or not isinstance(value, bytes):
             continue
-        for detail in status_pb2.Status.FromString(value).details:
-            info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info):
-                reason, metadata = info.reason, dict(info.metadata)
+        # A hostile or foreign peer may send anything here; its code and text still count.
+        with contextlib.suppress(DecodeError):
+            for detail in status_pb2.Status.FromString(value).details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Unpack(info):
+                    reason, metadata = info.reason, dict(info.metadata)
     metadata = {key: value for key, value in metadata.items() if key not in ("message", "reason")}
     return _BY_CODE.get(code, Internal)(details, reason=reason, **metadata)
