@@ -90,11 +90,11 @@ Serve = Callable[..., AbstractAsyncContextManager[tuple[Imager, list[Address]]]]
 def imager_at(short_dir: Path) -> Serve:
     @asynccontextmanager
     async def start(*addresses: Address, token: str = "") -> AsyncIterator[tuple[Imager, list[Address]]]:
-        servicer = Imager()
+        servicer = Imager()  # type: ignore[abstract]
 
         def register(server: grpc.aio.Server) -> None:
             imager_pb2_grpc.add_ImagerServiceServicer_to_server(servicer, server)
-            orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(Uploads(), server)
+            orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(Uploads(), server)  # type: ignore[abstract]
 
         where = addresses or (Address(path=short_dir / "imager.sock"),)
         async with serve(where, register, [IMAGER], token=token) as bound:
@@ -242,7 +242,8 @@ async def test_forwarded_uploads_arrive_whole(imager_at: Serve, short_dir: Path)
 async def test_cancelling_a_forwarded_call_cancels_the_target(imager_at: Serve, short_dir: Path) -> None:
     async with imager_at() as (servicer, (upstream,)), relay(short_dir, upstream) as channel:
         call = stubs.imager(channel).PullImage(imager_pb2.PullImageRequest(reference="endless"))
-        assert (await call.read()).progress.done == 0
+        first: Any = await call.read()
+        assert first.progress.done == 0
         call.cancel()
         async with asyncio.timeout(5):
             await servicer.cancelled.wait()
