@@ -1,0 +1,551 @@
+"""The guest image: kernel and initramfs that every box without files of its own boots.
+
+Built without root from Debian packages, pinned wheels and this project's `guest/`:
+
+    <cache>/guest/<digest>/{vmlinux,initramfs.cpio,manifest.json}
+    <cache>/guest/default -> <digest>
+
+The same inputs give the same bytes. A directory appears by fsync and rename once it is
+whole; a killed build leaves only a scratch directory that the next one removes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.errors import Corrupt, InvalidInput, NotFound, VoidboxError
+from services.common.paths import Paths, private_dir
+from services.imager import cpio
+from services.imager.bytecode import Interpreter, compile_sources
+from services.imager.debian import Debian, Package
+from services.imager.guest_kernel import (
+    Flavor,
+    GuestKernel,
+    debian_kernel,
+    debian_kernel_packages,
+    file_kernel,
+    slim_kernel,
+    sync_tree,
+)
+from services.imager.guest_python import (
+    LOADER,
+    PRIVATE,
+    SITE,
+    STDLIB,
+    beside_source,
+    shared_libraries,
+    sourceless,
+    stdlib_files,
+    wheel_files,
+)
+from services.imager.lock import locked
+from services.imager.progress import Progress, Report, silent
+from services.imager.rootfs import base_entries, busybox_entries
+from services.imager.wheels import Wheel, fetch_wheels
+
+PYTHON = "usr/bin/python3.11"
+PACKAGES = (
+    "base-files",
+    "busybox-static",
+    "libbz2-1.0",
+    "libc6",
+    "libexpat1",
+    "libffi8",
+    "libgcc-s1",
+    "liblzma5",
+    "libpython3.11-minimal",
+    "libpython3.11-stdlib",
+    "libstdc++6",
+    "python3.11-minimal",
+    "zlib1g",
+)
+# Images kept besides the default one: boxes that are about to start may still name them.
+_KEPT = 4
+_SCRATCH = "build-"
+_HEX = re.compile(r"[0-9a-f]{64}")
+_NOT_IN_GUEST = ("requirements.in", "requirements.lock", "init")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestImage:
+    """One built image.
+
+    Attributes:
+        digest: "sha256:" and 64 hex digits, over kernel and initramfs.
+        directory: Holds the three files.
+        release: The kernel's `uname -r`.
+        flavor: "debian", "slim" or "file".
+    """
+
+    digest: str
+    directory: Path
+    release: str
+    flavor: str
+
+    @property
+    def kernel(self) -> Path:
+        """The uncompressed kernel."""
+        return self.directory / "vmlinux"
+
+    @property
+    def initramfs(self) -> Path:
+        """The root file system, an uncompressed cpio archive."""
+        return self.directory / "initramfs.cpio"
+
+    @property
+    def manifest(self) -> Path:
+        """What it was made from, as JSON."""
+        return self.directory / "manifest.json"
+
+
+def project_root() -> Path:
+    """The directory that holds `guest/` and `voidbox/`, in a checkout as in an installation."""
+    return Path(__file__).resolve().parents[2]
+
+
+async def build_guest_image(
+    cache: Path,
+    *,
+    kernel: Flavor | Path = "debian",
+    progress: Report = silent,
+    env: Mapping[str, str] | None = None,
+    source: Path | None = None,
+    refresh: bool = False,
+) -> GuestImage:
+    """Build the guest image and make it the default; what has not changed is not built again.
+
+    Args:
+        cache: The cache directory.
+        kernel: Debian's kernel, the slim one, or a kernel file with all drivers built in.
+        progress: Told of each step.
+        env: Extra environment of apt and pip, see `network_env`.
+        source: Directory with `guest/` and `voidbox/`; this project's own if not given.
+        refresh: Ask Debian's mirrors for newer packages.
+
+    Raises:
+        Unavailable: something must be downloaded and cannot be.
+        NotFound: `kernel` is "slim" and has not been built, or is no file.
+        WrongState: a program is missing on this host; the message says which.
+        CommandFailed: a file of `guest/` does not compile.
+    """
+    home = cache / "guest"
+    await asyncio.to_thread(home.mkdir, parents=True, exist_ok=True)
+    async with locked(home / "lock"):
+        builder = _Builder(cache, source or project_root(), env or {}, progress)
+        return await builder.build(kernel, refresh=refresh)
+
+
+def load_guest_image(cache: Path, name: str = "default") -> GuestImage:
+    """The image called `name`: "default", or a digest with or without "sha256:".
+
+    Raises:
+        NotFound: there is none.
+        Corrupt: its files are not as its manifest says.
+    """
+    plain = name.removeprefix("sha256:")
+    if plain != "default" and not _HEX.fullmatch(plain):
+        raise InvalidInput(f"{name!r} is not the digest of a guest image", reason="BAD_DIGEST")
+    try:
+        directory = (cache / "guest" / plain).resolve(strict=True)
+        manifest = json.loads((directory / "manifest.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise NotFound(
+            f"there is no guest image {name} in {cache / 'guest'}; type `make guest` to build the default",
+            reason="NO_GUEST_IMAGE",
+        ) from error
+    try:
+        image = GuestImage(
+            digest=manifest["digest"],
+            directory=directory,
+            release=manifest["kernel"]["release"],
+            flavor=manifest["kernel"]["flavor"],
+        )
+        sizes = {image.kernel: manifest["kernel"]["size"], image.initramfs: manifest["initramfs"]["size"]}
+        whole = all(path.stat().st_size == size for path, size in sizes.items())
+    except (OSError, KeyError, TypeError) as error:
+        raise Corrupt(
+            f"{directory} is damaged; remove it and build again", reason="BAD_GUEST_IMAGE"
+        ) from error
+    if not whole or image.digest != f"sha256:{directory.name}":
+        raise Corrupt(f"{directory} is damaged; remove it and build again", reason="BAD_GUEST_IMAGE")
+    return image
+
+
+def verify_guest_image(image: GuestImage) -> None:
+    """Read the whole image and compare it with its digest.
+
+    Raises:
+        Corrupt: it is another content.
+    """
+    if _image_digest(_file_sha256(image.kernel), _file_sha256(image.initramfs)) != image.digest:
+        raise Corrupt(
+            f"{image.directory} does not match its digest; remove it and build again",
+            reason="BAD_GUEST_IMAGE",
+        )
+
+
+class _Builder:
+    """One build, under the lock."""
+
+    def __init__(self, cache: Path, source: Path, env: Mapping[str, str], report: Report) -> None:
+        self._cache = cache
+        self._home = cache / "guest"
+        self._source = source
+        self._env = env
+        self._report = report
+        self._debian = Debian(cache, env=env, report=report)
+
+    async def build(self, kernel: Flavor | Path, *, refresh: bool) -> GuestImage:
+        await asyncio.to_thread(self._sweep)
+        packages = await self._debian.resolve(PACKAGES, refresh=refresh)
+        prepared = await self._kernel(kernel, refresh)
+        project = await asyncio.to_thread(lambda: dict(_project_files(self._source)))
+        lock = self._source / "guest" / "requirements.lock"
+        wheels = await fetch_wheels(lock, self._cache, env=self._env, report=self._report)
+        base_key = _fingerprint(_builder_sources(), [p.sha256 for p in packages], [w.sha256 for w in wheels])
+        described = [
+            (name, mode, hashlib.sha256(content).hexdigest()) for name, (mode, content) in project.items()
+        ]
+        modules = await asyncio.to_thread(_file_sha256, prepared.modules)
+        key = _fingerprint(base_key, prepared.sha256, modules, described)
+        if (built := await asyncio.to_thread(self._built, key)) is not None:
+            return built
+        await self._debian.fetch(packages)
+        trees = [await self._debian.unpack(package) for package in packages]
+        base = await self._base(base_key, trees, wheels)
+        entries = [*base, *await self._project_entries(project, trees)]
+        self._report(Progress(subject="guest image", action="write"))
+        return await asyncio.to_thread(self._write, key, prepared, entries, packages, wheels)
+
+    async def _kernel(self, kernel: Flavor | Path, refresh: bool) -> GuestKernel:
+        if kernel == "debian":
+            packages = await debian_kernel_packages(self._debian, refresh=refresh)
+            return await debian_kernel(packages, self._debian, self._cache, self._report)
+        if kernel == "slim":
+            return await asyncio.to_thread(slim_kernel, self._cache)
+        return await asyncio.to_thread(file_kernel, Path(kernel), self._cache)
+
+    def _sweep(self) -> None:
+        """Remove what a killed build left; nobody else builds while the lock is held."""
+        for path in self._home.glob(f"{_SCRATCH}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _built(self, key: str) -> GuestImage | None:
+        """The image that these inputs gave before, made the default again."""
+        try:
+            digest = (self._home / "inputs" / key).read_text()
+            image = load_guest_image(self._cache, digest)
+        except (OSError, VoidboxError):
+            return None
+        os.utime(image.directory)
+        self._make_default(image)
+        return image
+
+    def _make_default(self, image: GuestImage) -> None:
+        link = self._home / f"{_SCRATCH}default"
+        link.unlink(missing_ok=True)
+        link.symlink_to(image.directory.name)
+        link.rename(self._home / "default")
+
+    async def _base(self, key: str, trees: Sequence[Path], wheels: Sequence[Wheel]) -> list[cpio.Entry]:
+        """Everything but kernel modules and this project's files, kept as an archive by `key`."""
+        kept = self._home / "base" / f"{key}.cpio"
+        if not await asyncio.to_thread(kept.is_file):
+            entries = await self._base_entries(trees, wheels)
+            await asyncio.to_thread(_write_base, kept, entries)
+        return await asyncio.to_thread(lambda: list(cpio.read_archive(kept.read_bytes())))
+
+    async def _base_entries(self, trees: Sequence[Path], wheels: Sequence[Wheel]) -> list[cpio.Entry]:
+        tree = dict(zip(PACKAGES, trees, strict=True))
+        debian_version = (tree["base-files"] / "etc/debian_version").read_text().strip()
+        entries = [*base_entries(debian_version), *await busybox_entries(tree["busybox-static"])]
+        files: dict[str, bytes] = await asyncio.to_thread(
+            lambda: (
+                {name: path.read_bytes() for name, path in stdlib_files(trees).items()} | wheel_files(wheels)
+            )
+        )
+        interpreter = _interpreter(tree)
+        sources = {f"/{name}": content for name, content in files.items() if name.endswith(".py")}
+        entries += sourceless(await compile_sources(interpreter, sources, report=self._report))
+        entries += (
+            cpio.file(name, content, 0o755 if name.endswith(".so") else 0o644)
+            for name, content in files.items()
+            if not name.endswith(".py")
+        )
+        programs = {name: content for name, content in files.items() if name.endswith(".so")}
+        programs[PYTHON] = interpreter.program.read_bytes()
+        entries.append(cpio.file(PYTHON, programs[PYTHON], 0o755))
+        entries.append(cpio.symlink("usr/bin/python3", "python3.11"))
+        entries.append(cpio.symlink("usr/bin/python", "python3.11"))
+        libraries = await asyncio.to_thread(shared_libraries, programs, trees)
+        entries += (cpio.file(name, path.read_bytes(), 0o755) for name, path in libraries.items())
+        entries.append(cpio.file(LOADER, interpreter.loader.read_bytes(), 0o755))
+        # A directory of its own permissions for what only the agent may read.
+        entries += (cpio.directory(PRIVATE, 0o700), cpio.directory(SITE, 0o700))
+        return entries
+
+    async def _project_entries(
+        self, project: Mapping[str, tuple[int, bytes]], trees: Sequence[Path]
+    ) -> list[cpio.Entry]:
+        interpreter = _interpreter(dict(zip(PACKAGES, trees, strict=True)))
+        sources = {
+            f"/{name}": content
+            for name, (_, content) in project.items()
+            if name.startswith(f"{SITE}/") and name.endswith(".py")
+        }
+        compiled = await compile_sources(interpreter, sources, report=self._report)
+        entries = [cpio.file(name, content, mode) for name, (mode, content) in project.items()]
+        return [*entries, *beside_source(compiled)]
+
+    def _write(
+        self,
+        key: str,
+        kernel: GuestKernel,
+        entries: Sequence[cpio.Entry],
+        packages: Sequence[Package],
+        wheels: Sequence[Wheel],
+    ) -> GuestImage:
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self._home))
+        try:
+            scratch.chmod(0o755)
+            with (scratch / "initramfs.cpio").open("wb") as out:
+                size = cpio.write_archive([*entries, *cpio.read_archive(kernel.modules.read_bytes())], out)
+            _link_or_copy(kernel.vmlinux, scratch / "vmlinux")
+            initramfs = _file_sha256(scratch / "initramfs.cpio")
+            digest = _image_digest(kernel.sha256, initramfs)
+            manifest = {
+                "digest": digest,
+                "kernel": {
+                    "flavor": kernel.flavor,
+                    "release": kernel.release,
+                    "sha256": kernel.sha256,
+                    "size": kernel.vmlinux.stat().st_size,
+                },
+                "initramfs": {"sha256": initramfs, "size": size, "compression": "none"},
+                "packages": [_described(package) for package in (*packages, *kernel.packages)],
+                "wheels": [_described(wheel) for wheel in wheels],
+            }
+            (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            sync_tree(scratch)
+            final = self._home / digest.removeprefix("sha256:")
+            if final.exists():  # the same bytes from other inputs, or a damaged one
+                shutil.rmtree(final)
+            scratch.rename(final)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        sync_tree(self._home)
+        image = load_guest_image(self._cache, digest)
+        _write_text(self._home / "inputs" / key, digest)
+        self._make_default(image)
+        self._prune(image)
+        return image
+
+    def _prune(self, newest: GuestImage) -> None:
+        """Remove all but the last few images, and the base archives of older builders."""
+        images = [
+            path for path in self._home.iterdir() if _HEX.fullmatch(path.name) and path != newest.directory
+        ]
+        for path in sorted(images, key=lambda path: path.stat().st_mtime, reverse=True)[_KEPT - 1 :]:
+            shutil.rmtree(path, ignore_errors=True)
+        bases = sorted(
+            (self._home / "base").glob("*.cpio"), key=lambda path: path.stat().st_mtime, reverse=True
+        )
+        for path in bases[2:]:
+            path.unlink(missing_ok=True)
+
+
+def _interpreter(tree: Mapping[str, Path]) -> Interpreter:
+    return Interpreter(
+        loader=tree["libc6"] / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+        libraries=tuple(
+            tree[name] / part / "x86_64-linux-gnu" for name in tree for part in ("lib", "usr/lib")
+        ),
+        program=tree["python3.11-minimal"] / PYTHON,
+        home=tree["libpython3.11-minimal"] / "usr",
+        modules=tree["libpython3.11-stdlib"] / STDLIB,
+    )
+
+
+def _project_files(source: Path) -> Iterator[tuple[str, tuple[int, bytes]]]:
+    """This project's part as (path in the guest, (mode, content)).
+
+    `guest/rootfs/` is laid over the root; the rest of `guest/` and the stubs it speaks
+    are packages for the agent.
+    """
+    guest = source / "guest"
+    if not (guest / "__init__.py").is_file():
+        raise NotFound(f"{guest} is not the guest's package", reason="NO_GUEST_SOURCE", path=guest)
+    overlay = guest / "rootfs"
+    for path in _plain_files(guest):
+        name = path.relative_to(guest).as_posix()
+        if path.is_relative_to(overlay):
+            yield path.relative_to(overlay).as_posix(), _mode_and_content(path)
+        elif name == "init":
+            yield "init", (0o755, path.read_bytes())
+        elif name not in _NOT_IN_GUEST:
+            yield f"{SITE}/guest/{name}", _mode_and_content(path)
+    yield f"{SITE}/voidbox/__init__.py", (0o644, b'"""The stubs of voidbox that the guest speaks."""\n')
+    for service in ("common", "guest"):
+        stubs = source / "voidbox" / service
+        for path in _plain_files(stubs):
+            if path.suffix == ".py":
+                name = path.relative_to(stubs).as_posix()
+                yield f"{SITE}/voidbox/{service}/{name}", _mode_and_content(path)
+
+
+def _plain_files(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*")):
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
+        if path.is_file() and not path.is_symlink() and not hidden:
+            yield path
+
+
+def _mode_and_content(path: Path) -> tuple[int, bytes]:
+    return 0o755 if path.stat().st_mode & 0o100 else 0o644, path.read_bytes()
+
+
+def _builder_sources() -> list[str]:
+    """Digests of the code that decides what the image holds, so that a change builds anew."""
+    names = ("bytecode", "cpio", "guest_image", "guest_python", "rootfs", "wheels")
+    return [_file_sha256(Path(__file__).with_name(f"{name}.py")) for name in names]
+
+
+def _write_base(kept: Path, entries: Sequence[cpio.Entry]) -> None:
+    kept.parent.mkdir(exist_ok=True)
+    scratch = kept.with_suffix(".part")
+    with scratch.open("wb") as out:
+        cpio.write_archive(entries, out)
+        out.flush()
+        os.fsync(out.fileno())
+    scratch.rename(kept)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(text)
+    scratch.rename(path)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def _described(thing: Package | Wheel) -> dict[str, str]:
+    return {"name": thing.name, "version": thing.version, "sha256": thing.sha256}
+
+
+def _fingerprint(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def _image_digest(kernel_sha256: str, initramfs_sha256: str) -> str:
+    text = f"voidbox guest image\nkernel sha256:{kernel_sha256}\ninitramfs sha256:{initramfs_sha256}\n"
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def network_env(env: Mapping[str, str]) -> dict[str, str]:
+    """What of `env` tells apt and pip how to reach the network."""
+    wanted = re.compile(
+        r"(https?|ftp|no|all)_proxy|PIP_\w+|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE", re.IGNORECASE
+    )
+    return {key: value for key, value in env.items() if wanted.fullmatch(key)}
+
+
+def printer(tty: bool, write: Callable[[str], object]) -> Report:
+    """A `Report` for people: one line that changes on a terminal, else a line a step."""
+    last: list[str] = []
+
+    def report(progress: Progress) -> None:
+        step = f"{progress.action} {progress.subject}"
+        share = ""
+        if progress.total and progress.unit == "bytes":
+            share = f" {progress.done / 1e6:.1f}/{progress.total / 1e6:.1f} MB"
+        if tty:
+            write(f"\r\x1b[K{step}{share}")
+        elif last != [step]:
+            write(f"{step}{f' ({progress.total / 1e6:.0f} MB)' if share else ''}\n")
+        last[:] = [step]
+
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build the default guest image from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m services.imager.guest_image", description="Builds the guest image."
+    )
+    parser.add_argument(
+        "--kernel", default="debian", help="debian, slim, or the path of a kernel (default: debian)"
+    )
+    parser.add_argument("--cache", type=Path, help="cache directory (default: by XDG rules)")
+    parser.add_argument("--refresh", action="store_true", help="look for newer Debian packages")
+    parser.add_argument("--if-needed", action="store_true", help="do nothing if there is a default image")
+    options = parser.parse_args(argv)
+    cache = options.cache or Paths.from_env(os.environ).cache
+    kernel: Flavor | Path = options.kernel if options.kernel in ("debian", "slim") else Path(options.kernel)
+    tty = sys.stderr.isatty()
+
+    def write(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    try:
+        private_dir(cache)
+        image = None
+        if options.if_needed:
+            image = _existing(cache)
+        image = image or asyncio.run(
+            build_guest_image(
+                cache,
+                kernel=kernel,
+                progress=printer(tty, write),
+                env=network_env(os.environ),
+                refresh=options.refresh,
+            )
+        )
+    except VoidboxError as error:
+        write(f"{chr(10) if tty else ''}guest image: {error.message}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if tty:
+        write("\r\x1b[K")
+    print(image.digest)
+    print(f"kernel {image.release} {_megabytes(image.kernel)}, initramfs {_megabytes(image.initramfs)}")
+    print(image.directory)
+    return 0
+
+
+def _existing(cache: Path) -> GuestImage | None:
+    try:
+        return load_guest_image(cache)
+    except VoidboxError:
+        return None
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
