@@ -24,6 +24,7 @@ from services.common.auth import check_token
 from services.common.channel import MAX_MESSAGE_BYTES
 from services.common.errors import Internal, InvalidInput, NotBuilt, VoidboxError, WrongState, abort
 from services.common.paths import private_dir
+from services.common.supervision import supervised
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ async def serve(
         await server.start()
         for name in ("", *names):
             await checker.set(name, health_pb2.HealthCheckResponse.SERVING)
-        yield bound
+        with supervised():
+            yield bound
         await checker.enter_graceful_shutdown()
     finally:
         await server.stop(SHUTDOWN_GRACE_SECONDS)
