@@ -1,0 +1,172 @@
+"""What the hypervisor tells a box's shim, and what the shim leaves behind; JSON both ways.
+
+Imports only the standard library: the shim starts with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_ID = (1 << 32) - 2
+FIRST_CID, LAST_CID = 3, (1 << 32) - 2
+"""0 to 2 are the hypervisor's, local and the host's; the highest is VMADDR_CID_ANY."""
+
+Transport = Literal["vhost-user", "vhost-vsock"]
+TRANSPORTS: tuple[Transport, ...] = ("vhost-user", "vhost-vsock")
+
+Reason = Literal["exited", "terminated", "spawn-failed", "setup-failed", "device-failed", "memory-lost"]
+
+
+class ConfigInvalid(ValueError):
+    """The configuration is not one the shim can run; the message names the field."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShimConfig:
+    """Everything the shim needs. Descriptors are numbers that it inherits.
+
+    Attributes:
+        argv: QEMU's command line; the first word is its absolute path.
+        env: QEMU's whole environment.
+        uid: User to become, or None to stay who it is.
+        gid: Group to become; given exactly if `uid` is.
+        groups: Supplementary groups to keep then (the one that may open `/dev/kvm`).
+        pass_fds: What QEMU inherits, under the same numbers.
+        cid: The guest's vsock address.
+        transport: `vhost-user` if the shim is the device, `vhost-vsock` if the kernel is.
+        vhost_listen_fd: Listening unix socket that QEMU's chardev connects to (`vhost-user` only).
+        guest_listen_fd: Listening unix socket whose clients become streams to guest port 1024.
+        exit_fd: Empty file that receives the `ExitRecord`, or None.
+        ready_fd: Pipe that receives the lines described in `services.hypervisor.shim`, or None.
+        term_seconds: What QEMU gets to end on SIGTERM before SIGKILL.
+        connect_seconds: How long a client waits for the guest to take its stream.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    uid: int | None = None
+    gid: int | None = None
+    groups: tuple[int, ...] = ()
+    pass_fds: tuple[int, ...] = ()
+    cid: int
+    transport: Transport = "vhost-user"
+    vhost_listen_fd: int | None = None
+    guest_listen_fd: int
+    exit_fd: int | None = None
+    ready_fd: int | None = None
+    term_seconds: float = 5.0
+    connect_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check_words(self.argv, self.env)
+        if (self.uid is None) != (self.gid is None) or (self.uid is None and self.groups):
+            raise ConfigInvalid("uid and gid belong together, and groups belong to them")
+        _check_numbers("uid", [self.uid], 0, MAX_ID)
+        _check_numbers("gid", [self.gid], 0, MAX_ID)
+        _check_numbers("groups", self.groups, 0, MAX_ID)
+        _check_numbers("cid", [self.cid], FIRST_CID, LAST_CID)
+        if self.transport not in TRANSPORTS:
+            raise ConfigInvalid(f"transport is {self.transport!r}, not one of {', '.join(TRANSPORTS)}")
+        if (self.vhost_listen_fd is None) != (self.transport == "vhost-vsock"):
+            raise ConfigInvalid("vhost_listen_fd belongs to transport vhost-user, and only to it")
+        own = [self.vhost_listen_fd, self.guest_listen_fd, self.exit_fd, self.ready_fd]
+        used = [fd for fd in (*own, *self.pass_fds) if fd is not None]
+        _check_numbers("descriptors", used, 3, 1 << 20)
+        if len(set(used)) != len(used):
+            raise ConfigInvalid(f"a descriptor is named twice: {sorted(used)}")
+        for name in ("term_seconds", "connect_seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 3600:
+                raise ConfigInvalid(f"{name} is {value!r}, not a number of seconds up to 3600")
+
+    def inherited_fds(self) -> tuple[int, ...]:
+        """Every descriptor the shim must inherit, besides the one its configuration comes through."""
+        own = (self.vhost_listen_fd, self.guest_listen_fd, self.exit_fd, self.ready_fd)
+        return (*(fd for fd in own if fd is not None), *self.pass_fds)
+
+    def to_json(self) -> bytes:
+        """What to write to `--config-fd`, before closing it."""
+        return json.dumps(asdict(self) | {"env": dict(self.env)}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> ShimConfig:
+        """The configuration in `data`.
+
+        Raises:
+            ConfigInvalid: it is not JSON, a field is missing, unknown, or wrong.
+        """
+        try:
+            content = json.loads(data)
+        except ValueError as error:
+            raise ConfigInvalid(f"not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigInvalid("not a JSON object")
+        unknown = content.keys() - {each.name for each in fields(cls)}
+        if unknown:
+            raise ConfigInvalid(f"unknown field {min(unknown)!r}")
+        for name in ("argv", "groups", "pass_fds"):
+            if name in content:
+                if not isinstance(content[name], list):
+                    raise ConfigInvalid(f"{name} is not a list")
+                content[name] = tuple(content[name])
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ConfigInvalid(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitRecord:
+    """How a machine ended, as the shim saw it.
+
+    Attributes:
+        exit_code: QEMU's, or None if a signal ended it or it never ran.
+        signal: The signal that ended QEMU, or None.
+        reason: `exited` by itself, `terminated` on request, or what failed.
+        detail: For people; empty if there is nothing to add.
+        at: Seconds since the epoch.
+    """
+
+    exit_code: int | None = None
+    signal: int | None = None
+    reason: Reason
+    detail: str = ""
+    at: float
+
+    def to_json(self) -> bytes:
+        """The one line that `exit_fd` receives."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> ExitRecord | None:
+        """The record in `data`, or None if the shim did not live to write (all of) it."""
+        if not data.endswith(b"\n"):
+            return None
+        return cls(**json.loads(data))
+
+
+def _check_words(argv: Any, env: Any) -> None:
+    if not isinstance(argv, tuple) or not argv or not all(isinstance(word, str) for word in argv):
+        raise ConfigInvalid("argv is not a list of strings")
+    if not argv[0].startswith("/"):
+        raise ConfigInvalid(f"argv names the program as {argv[0]!r}, not by an absolute path")
+    if not isinstance(env, Mapping) or not all(
+        isinstance(word, str) for pair in env.items() for word in pair
+    ):
+        raise ConfigInvalid("env is not a map of strings")
+    if any("=" in key or not key for key in env):
+        raise ConfigInvalid("env has a name that is empty or holds '='")
+    if any("\0" in word for word in (*argv, *env, *env.values())):
+        raise ConfigInvalid("a NUL byte in argv or env")
+
+
+def _check_numbers(name: str, values: Iterable[Any], least: int, most: int) -> None:
+    for value in values:
+        if value is None and name in ("uid", "gid"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ConfigInvalid(f"{name}: {value!r} is not a number from {least} to {most}")
