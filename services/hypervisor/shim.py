@@ -27,7 +27,7 @@ import time
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from services.hypervisor import seccomp
+from services.hypervisor import console_ring, seccomp
 from services.hypervisor.shim_config import MAX_CONFIG_BYTES, ConfigInvalid, ExitRecord, Reason, ShimConfig
 from services.hypervisor.vsock.device import Limits, VsockDevice
 from services.hypervisor.vsock.errors import MachineGone
@@ -62,6 +62,7 @@ class Log:
 
     def __init__(self, cid: int) -> None:
         self._cid = cid
+        self._pid = os.getpid()
         self._tokens = float(LOG_BURST)
         self._at = time.monotonic()
         self._dropped = 0
@@ -74,7 +75,7 @@ class Log:
             self._dropped += 1
             return
         self._tokens -= 1
-        line: dict[str, object] = {"at": round(time.time(), 3), "shim": os.getpid(), "cid": self._cid}
+        line: dict[str, object] = {"at": round(time.time(), 3), "shim": self._pid, "cid": self._cid}
         if self._dropped:
             line["dropped"], self._dropped = self._dropped, 0
         line["message"] = message
@@ -96,6 +97,7 @@ class Shim:
         self._detail = ""
         self._status: int | None = None
         self._wakeup = socket.socketpair()
+        self._console: console_ring.Writer | None = None
 
     def run(self) -> int:
         """Serve the machine to its end; returns the shim's own exit code."""
@@ -179,6 +181,10 @@ class Shim:
         for fd in config.pass_fds:
             os.close(fd)
         self._loop.add(self._pidfd, IN, self._exited)
+        if config.console_read_fd is not None and config.console_log_fd is not None:
+            os.set_blocking(config.console_read_fd, False)
+            self._console = console_ring.Writer(config.console_log_fd)
+            self._loop.add(config.console_read_fd, IN, self._printed)
         self._say(f"spawned {self._pid}")
 
     def _confine(self) -> None:
@@ -252,8 +258,31 @@ class Shim:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
+    def _printed(self, _events: int) -> None:
+        """One piece at a time, so that a flood leaves the streams their turns."""
+        self._keep_console()
+
+    def _keep_console(self) -> bool:
+        """Take one piece of the console; whether there was one."""
+        fd = self._config.console_read_fd
+        if fd is None or self._console is None:
+            return False
+        try:
+            data = os.read(fd, console_ring.CHUNK_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._loop.remove(fd)
+            return False
+        # What a full disk does not take is lost; the log's other bytes stay right.
+        with contextlib.suppress(OSError):
+            self._console.append(data)
+        return True
+
     def _exited(self, _events: int) -> None:
         _, self._status = os.waitpid(self._pid, 0)
+        while self._keep_console():
+            pass
         self._loop.stop()
 
     # Ending

@@ -40,6 +40,8 @@ class ShimConfig:
         transport: `vhost-user` if the shim is the device, `vhost-vsock` if the kernel is.
         vhost_listen_fd: Listening unix socket that QEMU's chardev connects to (`vhost-user` only).
         guest_listen_fd: Listening unix socket whose clients become streams to guest port 1024.
+        console_read_fd: Pipe that the guest's console is printed to, or None.
+        console_log_fd: File of `services.hypervisor.console_ring` that keeps it; given exactly if the pipe is.
         exit_fd: Empty file that receives the `ExitRecord`, or None.
         ready_fd: Pipe that receives the lines described in `services.hypervisor.shim`, or None.
         term_seconds: What QEMU gets to end on SIGTERM before SIGKILL.
@@ -56,6 +58,8 @@ class ShimConfig:
     transport: Transport = "vhost-user"
     vhost_listen_fd: int | None = None
     guest_listen_fd: int
+    console_read_fd: int | None = None
+    console_log_fd: int | None = None
     exit_fd: int | None = None
     ready_fd: int | None = None
     term_seconds: float = 5.0
@@ -73,8 +77,9 @@ class ShimConfig:
             raise ConfigInvalid(f"transport is {self.transport!r}, not one of {', '.join(TRANSPORTS)}")
         if (self.vhost_listen_fd is None) != (self.transport == "vhost-vsock"):
             raise ConfigInvalid("vhost_listen_fd belongs to transport vhost-user, and only to it")
-        own = [self.vhost_listen_fd, self.guest_listen_fd, self.exit_fd, self.ready_fd]
-        used = [fd for fd in (*own, *self.pass_fds) if fd is not None]
+        if (self.console_read_fd is None) != (self.console_log_fd is None):
+            raise ConfigInvalid("console_read_fd and console_log_fd belong together")
+        used = self.inherited_fds()
         _check_numbers("descriptors", used, 3, 1 << 20)
         if len(set(used)) != len(used):
             raise ConfigInvalid(f"a descriptor is named twice: {sorted(used)}")
@@ -85,7 +90,14 @@ class ShimConfig:
 
     def inherited_fds(self) -> tuple[int, ...]:
         """Every descriptor the shim must inherit, besides the one its configuration comes through."""
-        own = (self.vhost_listen_fd, self.guest_listen_fd, self.exit_fd, self.ready_fd)
+        own = (
+            self.vhost_listen_fd,
+            self.guest_listen_fd,
+            self.console_read_fd,
+            self.console_log_fd,
+            self.exit_fd,
+            self.ready_fd,
+        )
         return (*(fd for fd in own if fd is not None), *self.pass_fds)
 
     def to_json(self) -> bytes:
