@@ -41,7 +41,7 @@ class ShimConfig:
         vhost_listen_fd: Listening unix socket that QEMU's chardev connects to (`vhost-user` only).
         guest_listen_fd: Listening unix socket whose clients become streams to guest port 1024.
         console_read_fd: Pipe that the guest's console is printed to, or None.
-        console_log_fd: File of `services.hypervisor.console_ring` that keeps it; given exactly if the pipe is.
+        console_log_fd: File of `services.hypervisor.console_ring` that keeps it; belongs to the pipe.
         exit_fd: Empty file that receives the `ExitRecord`, or None.
         ready_fd: Pipe that receives the lines described in `services.hypervisor.shim`, or None.
         term_seconds: What QEMU gets to end on SIGTERM before SIGKILL.

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import select
 import shutil
 import signal
 import socket
@@ -165,6 +166,8 @@ class Machine:
             with open(sink, "wb") as pipe:
                 pipe.write(config.to_json())
         self.qemu_pid = int(self.expect("spawned").split()[1])
+        self.qemu = os.pidfd_open(self.qemu_pid)
+        self._stack.callback(os.close, self.qemu)
 
     def expect(self, word: str) -> str:
         """The next line of `ready_fd`, which starts with `word`."""
@@ -226,15 +229,13 @@ class Machine:
         if self.shim.poll() is None:
             self.shim.send_signal(signal.SIGTERM)
         self.shim.wait(20)
-        assert not self.qemu_runs()
+        assert self.qemu_gone(10), "QEMU outlived its shim"
 
-    def qemu_runs(self) -> bool:
-        """Whether the machine's process exists (a zombie does not count)."""
-        try:
-            state = Path(f"/proc/{self.qemu_pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        return state != "Z"
+    def qemu_gone(self, seconds: float) -> bool:
+        """Whether the machine's process ends within `seconds`."""
+        if not hasattr(self, "qemu"):
+            return True
+        return bool(select.select([self.qemu], [], [], seconds)[0])
 
 
 def read_all(sock: socket.socket) -> bytes:

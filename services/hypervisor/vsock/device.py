@@ -1,4 +1,4 @@
-"""The vsock device: vhost-user session, queues and streams on one epoll loop.
+"""The vsock device: packets of a machine's queues become streams of host clients, on an epoll loop.
 
 Host clients that connect to the guest socket become streams to one guest port. The guest can open
 nothing: every connect of its own is answered with RST. All memory is bounded by `Limits` and the
@@ -7,21 +7,17 @@ queue sizes; a side that does not read stops only its own stream.
 
 from __future__ import annotations
 
-import array
-import contextlib
 import functools
-import os
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from services.hypervisor.vsock.connection import Connection, Effect, State, StreamBroke
-from services.hypervisor.vsock.errors import BackendPeerBroke, PeerBroke, QueueBroke
+from services.hypervisor.vsock.errors import QueueBroke
 from services.hypervisor.vsock.loop import EDGE, HANG_UP, IN, OUT, READ_HANG_UP, Loop
-from services.hypervisor.vsock.memory import AddressSpace, GuestMemory, Span
+from services.hypervisor.vsock.memory import AddressSpace, Span
 from services.hypervisor.vsock.packet import (
     HEADER_SIZE,
     HOST_CID,
@@ -32,31 +28,10 @@ from services.hypervisor.vsock.packet import (
     reset_for,
 )
 from services.hypervisor.vsock.ring import Chain, Ring
+from services.hypervisor.vsock.session import RECEIVE, TRANSMIT, VhostSession
 from services.hypervisor.vsock.stream import Stream
-from services.hypervisor.vsock.vhost_user import (
-    MAX_REGIONS,
-    QUEUES,
-    Backend,
-    Discard,
-    Event,
-    MemoryTable,
-    Reply,
-    RingCall,
-    RingEnable,
-    RingError,
-    RingKick,
-    RingLayout,
-    RingStart,
-    RingStop,
-)
 
-RECEIVE, TRANSMIT = 0, 1
-"""Queue numbers, named as the guest's driver sees them (virtio 1.2, 5.10.2)."""
-
-SIGNAL = struct.pack("=Q", 1)
 STREAM_EVENTS = IN | READ_HANG_UP | EDGE
-CREDENTIALS = struct.Struct("3i")
-"""`struct ucred`: pid, uid, gid."""
 FIRST_PORT = 1 << 30
 PORTS = 1 << 30
 """Host ports are given out in turn from a range that nothing else uses, so none comes back soon."""
@@ -120,39 +95,32 @@ class VsockDevice:
         """
         self._loop = loop
         self._space = space
-        self._machine_pid = machine_pid
-        self._vhost_listener = vhost_listener
         self._guest_listener = guest_listener
         self._guest_cid = guest_cid
         self._guest_port = guest_port
         self._limits = limits or Limits()
         self._log = log
-        self._on_state = on_state
-        self._vhost: socket.socket | None = None
-        self._backend = Backend(guest_cid)
-        self._memory: GuestMemory | None = None
-        self._rings: list[Ring | None] = [None] * QUEUES
-        self._parked: list[Ring | None] = [None] * QUEUES
-        self._enabled = [False] * QUEUES
-        self._broken = [False] * QUEUES
-        self._kick = [-1] * QUEUES
-        self._call = [-1] * QUEUES
-        self._error = [-1] * QUEUES
-        self._look: list[bool] = [False] * QUEUES
-        """The driver may have made something available since the last look."""
         self._streams: dict[int, Stream] = {}
         self._wide = 0
         self._next_port = 0
         self._ready: deque[Stream] = deque()
         self._resets: deque[Header] = deque()
         self._accepted_once = False
-        self._running = False
         self._sweep_at: float | None = None
         self._buffer = memoryview(bytearray(max(self._limits.window, self._limits.read_bytes)))
         self.counters = dict.fromkeys(
             ("packets_in", "packets_out", "bytes_in", "bytes_out", "dropped", "streams_broken", "refused"), 0
         )
-        loop.add(vhost_listener.fileno(), IN, self._accept_machine)
+        self._session = VhostSession(
+            loop,
+            space=space,
+            machine_pid=machine_pid,
+            listener=vhost_listener,
+            guest_cid=guest_cid,
+            on_reset=self._reset_streams,
+            on_state=on_state,
+            log=log,
+        )
         loop.add(guest_listener.fileno(), IN, self._accept_clients)
         loop.at_turn_end(self.work)
 
@@ -165,172 +133,6 @@ class VsockDevice:
     def held_bytes(self) -> int:
         """Bytes of the guest that wait for host clients to read."""
         return sum(stream.waiting_bytes for stream in self._streams.values())
-
-    # The machine's side: vhost-user
-
-    def _accept_machine(self, _events: int) -> None:
-        try:
-            peer, _ = self._vhost_listener.accept()
-        except OSError:
-            return
-        raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        pid, _uid, _gid = CREDENTIALS.unpack(raw)
-        if self._vhost is not None and _at_end(self._vhost):
-            self._disconnect()  # replaced: its end just has not been read yet
-        if pid != self._machine_pid or self._vhost is not None:
-            self._log(f"refused a vhost-user connection from process {pid}")
-            peer.close()
-            return
-        peer.setblocking(False)
-        self._vhost = peer
-        self._backend = Backend(self._guest_cid)
-        self._loop.add(peer.fileno(), IN, self._read_machine)
-        self._on_state("connected")
-
-    def _read_machine(self, _events: int) -> None:
-        try:
-            for _ in range(64):
-                if self._vhost is None or not self._read_message(self._vhost):
-                    return
-        except BackendPeerBroke as error:
-            self._log(f"the machine broke the vhost-user protocol: {error}")
-            self._close_fds(self._backend.undelivered)
-            self._disconnect()
-
-    def _read_message(self, vhost: socket.socket) -> bool:
-        """Read one part of a message and act on what it completes; False if there is none now."""
-        try:
-            data, ancillary, flags, _ = vhost.recvmsg(
-                self._backend.wanted, socket.CMSG_SPACE(MAX_REGIONS * 4), socket.MSG_CMSG_CLOEXEC
-            )
-        except BlockingIOError:
-            return False
-        except OSError:
-            data, ancillary, flags = b"", [], 0
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-        if not data:
-            self._close_fds(fds)
-            self._disconnect()
-            return False
-        if flags & socket.MSG_CTRUNC:
-            self._close_fds(fds)
-            raise BackendPeerBroke("more descriptors than a message can carry")
-        for event in self._backend.receive(data, fds):
-            self._apply(vhost, event)
-        return True
-
-    def _apply(self, vhost: socket.socket, event: Event) -> None:
-        match event:
-            case Reply(data):
-                self._reply(vhost, data)
-            case Discard(fds):
-                self._close_fds(fds)
-            case MemoryTable(regions):
-                self._memory = GuestMemory(self._space, regions)
-                for index, ring in enumerate(self._rings):
-                    if ring is not None:
-                        self._rings[index] = Ring(ring.layout, self._memory, writable=index == RECEIVE)
-                        self._look[index] = True
-            case RingStart(index, layout, kick):
-                self._watch_kick(index, kick)
-                self._start_ring(index, layout)
-            case RingKick(index, kick):
-                self._watch_kick(index, kick)
-            case RingCall(index, fd):
-                self._replace(self._call, index, fd)
-            case RingError(index, fd):
-                self._replace(self._error, index, fd)
-            case RingEnable(index, enabled):
-                self._enabled[index] = enabled
-                self._look[index] = True
-            case RingStop(index):
-                ring = self._rings[index]
-                assert ring is not None
-                self._reply(vhost, self._backend.base_reply(index, ring.position))
-                self._stop_ring(index)
-        running = all(ring is not None for ring in self._rings) and all(self._enabled)
-        if running != self._running:
-            self._running = running
-            self._on_state("running" if running else "stopped")
-
-    def _reply(self, vhost: socket.socket, data: bytes) -> None:
-        try:
-            done = vhost.send(data)
-        except OSError:
-            done = 0
-        if done != len(data):
-            raise BackendPeerBroke("the machine does not read its replies")
-
-    def _start_ring(self, index: int, layout: RingLayout) -> None:
-        if self._memory is None:
-            raise BackendPeerBroke("a queue was started before the memory was known")
-        ring = Ring(layout, self._memory, writable=index == RECEIVE)
-        parked, self._parked[index] = self._parked[index], None
-        # A paused machine restarts its queues where they were; a driver that was reset does not.
-        if parked is None or self._broken[index] or not parked.same_place(layout):
-            self._reset_streams()
-        self._rings[index] = ring
-        self._broken[index] = False
-        self._look[index] = True
-        if index == RECEIVE:
-            ring.want_notifications(False)
-
-    def _stop_ring(self, index: int) -> None:
-        self._parked[index], self._rings[index] = self._rings[index], None
-        self._enabled[index] = False
-        self._unwatch_kick(index)
-
-    def _disconnect(self) -> None:
-        """Forget the machine's device, and every stream that went through it."""
-        if self._vhost is None:
-            return
-        for index in range(QUEUES):
-            self._stop_ring(index)
-            self._parked[index] = None
-            self._replace(self._call, index, None)
-            self._replace(self._error, index, None)
-        self._loop.remove(self._vhost.fileno())
-        self._close_later(self._vhost)
-        self._vhost = self._memory = None
-        self._reset_streams()
-        self._running = False
-        self._on_state("disconnected")
-
-    def _watch_kick(self, index: int, fd: int) -> None:
-        self._unwatch_kick(index)
-        try:
-            # Edges: each kick is an event of its own although the counter is never read.
-            self._loop.add(fd, IN | EDGE, lambda _events: self._kicked(index))
-        except OSError as error:
-            os.close(fd)
-            raise BackendPeerBroke(f"queue {index} has a kick that cannot be polled") from error
-        self._kick[index] = fd
-
-    def _unwatch_kick(self, index: int) -> None:
-        if self._kick[index] >= 0:
-            self._loop.close(self._kick[index])
-            self._kick[index] = -1
-
-    def _kicked(self, index: int) -> None:
-        self._look[index] = True
-
-    def _replace(self, slots: list[int], index: int, fd: int | None) -> None:
-        if slots[index] >= 0:
-            os.close(slots[index])
-        slots[index] = -1 if fd is None else fd
-        if fd is not None:
-            os.set_blocking(fd, False)
-
-    @staticmethod
-    def _close_fds(fds: tuple[int, ...] | array.array[int]) -> None:
-        for fd in fds:
-            os.close(fd)
-
-    def _close_later(self, sock: socket.socket) -> None:
-        self._loop.close(sock.detach())
 
     # The host's side: clients
 
@@ -369,7 +171,7 @@ class VsockDevice:
             peer_port=self._guest_port,
             window=self._limits.window if wide else self._limits.small_window,
         )
-        stream = Stream(connection, sock, self._close_later, wide=wide)
+        stream = Stream(connection, sock, lambda done: self._loop.close(done.detach()), wide=wide)
         self._streams[port] = stream
         self._set_deadline(stream, self._limits.connect_seconds)
         self._loop.add(sock.fileno(), STREAM_EVENTS, functools.partial(self._host_event, stream))
@@ -465,34 +267,13 @@ class VsockDevice:
         left = self._take_packets()
         return self._give_packets() or left
 
-    def _live(self, index: int) -> Ring | None:
-        ring = self._rings[index]
-        return ring if self._enabled[index] and not self._broken[index] else None
-
-    def _break_queue(self, index: int, error: PeerBroke) -> None:
-        """Leave the queue alone until the driver has reset it, and tell QEMU."""
-        self._log(f"the guest broke queue {index}: {error}")
-        self._broken[index] = True
-        self._signal(self._error[index])
-        self._reset_streams()
-
-    def _publish(self, index: int, ring: Ring) -> None:
-        if ring.publish():
-            self._signal(self._call[index])
-
-    @staticmethod
-    def _signal(fd: int) -> None:
-        if fd >= 0:
-            with contextlib.suppress(OSError):  # the counter is full: it is signalled already
-                os.write(fd, SIGNAL)
-
     # From the guest
 
     def _take_packets(self) -> bool:
-        ring = self._live(TRANSMIT)
-        if ring is None or not (self._look[TRANSMIT] or ring.pending):
+        ring = self._session.ring(TRANSMIT)
+        if ring is None or not (self._session.look[TRANSMIT] or ring.pending):
             return False
-        self._look[TRANSMIT] = False
+        self._session.look[TRANSMIT] = False
         budget = self._limits.turn_bytes
         try:
             ring.fetch()
@@ -501,9 +282,9 @@ class VsockDevice:
                 budget -= HEADER_SIZE + self._take_packet(chain)
                 ring.complete(chain, 0)
                 if not ring.pending or budget <= 0 or ring.unpublished >= 32:
-                    self._publish(TRANSMIT, ring)
+                    self._session.publish(TRANSMIT, ring)
         except QueueBroke as error:
-            self._break_queue(TRANSMIT, error)
+            self._session.break_queue(TRANSMIT, error)
             return False
         return bool(ring.pending)
 
@@ -614,7 +395,7 @@ class VsockDevice:
     # To the guest
 
     def _give_packets(self) -> bool:
-        ring = self._live(RECEIVE)
+        ring = self._session.ring(RECEIVE)
         if ring is None:
             return False
         budget = self._limits.turn_bytes
@@ -629,16 +410,16 @@ class VsockDevice:
                     stream.queued = False
                     budget -= HEADER_SIZE + self._serve(ring, stream)
                 if ring.unpublished >= 16:
-                    self._publish(RECEIVE, ring)
-            self._publish(RECEIVE, ring)
+                    self._session.publish(RECEIVE, ring)
+            self._session.publish(RECEIVE, ring)
         except QueueBroke as error:
-            self._break_queue(RECEIVE, error)
+            self._session.break_queue(RECEIVE, error)
             return False
         return bool(ring.pending and (self._ready or self._resets))
 
     def _find_buffers(self, ring: Ring) -> bool:
         if ring.unpublished:
-            self._publish(RECEIVE, ring)
+            self._session.publish(RECEIVE, ring)
         if ring.pending or ring.fetch():
             return True
         # None left: only now a kick is worth the guest's while.
@@ -715,12 +496,3 @@ class VsockDevice:
                 self._space.write(address, here)
             if not pieces:
                 return
-
-
-def _at_end(sock: socket.socket) -> bool:
-    try:
-        return not sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
