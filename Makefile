@@ -7,10 +7,12 @@ PYTHON ?= python3
 VENV := .venv
 TOOLS := .tools
 BIN := $(VENV)/bin
+NODE := tests/e2e/node
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
 # A package may be followed by :program; having that program is enough.
 RUN_PACKAGES := python3-venv ca-certificates qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img
+COMPOSE_PACKAGES := docker.io:dockerd docker-compose debootstrap
 TEST_PACKAGES := $(RUN_PACKAGES) e2fsprogs git docker-registry umoci skopeo nodejs:node npm:npm
 
 help: ## Show this list
@@ -20,7 +22,7 @@ help: ## Show this list
 
 setup: $(VENV)/.run-stamp guest ## Install all that `make run` needs
 
-setup-dev: $(VENV)/.dev-stamp $(TOOLS)/.stamp guest ## Install all that `make test` and `make check` need
+setup-dev: $(VENV)/.dev-stamp $(TOOLS)/.stamp $(NODE)/node_modules/.stamp guest ## Install all that `make test` and `make check` need
 
 $(VENV)/.run-stamp: requirements.lock pyproject.toml
 	@tools/system-packages $(RUN_PACKAGES)
@@ -39,6 +41,10 @@ $(VENV)/.dev-stamp: requirements-dev.lock $(VENV)/.run-stamp
 $(TOOLS)/.stamp: requirements-tools.lock
 	@test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
 	@$(TOOLS)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(NODE)/node_modules/.stamp: $(NODE)/package-lock.json $(VENV)/.dev-stamp
+	@npm ci --silent --prefix $(NODE)
 	@touch $@
 
 guest: $(VENV)/.run-stamp ## Build the guest image: kernel, initramfs, agent
@@ -101,7 +107,8 @@ bench: setup-dev ## Measure, each figure beside its floor or a peer
 	@$(BIN)/python -m tests.bench
 
 test-compose: setup-dev ## Build and test the docker-compose stack on a real Docker engine
+	@docker compose version >/dev/null 2>&1 || tools/system-packages $(COMPOSE_PACKAGES)
 	@VOIDBOX_TEST_COMPOSE=1 $(BIN)/pytest tests/integration/test_compose.py
 
 clean: down ## Remove all that was built in this folder
-	@rm -rf $(VENV) $(TOOLS) .build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(TOOLS) .build $(NODE)/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
