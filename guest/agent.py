@@ -13,6 +13,7 @@ import asyncio  # noqa: E402
 import contextlib  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
+from typing import Any  # noqa: E402
 
 from grpc import aio  # noqa: E402
 
@@ -62,7 +63,8 @@ async def _serve(settings: Settings, channel: socket.socket) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(address)
     server = aio.server(options=_OPTIONS)
-    guest_pb2_grpc.add_GuestServiceServicer_to_server(GuestServicer(gate, guest, stopping), server)  # type: ignore[no-untyped-call]
+    servicer: Any = GuestServicer(gate, guest, stopping)
+    guest_pb2_grpc.add_GuestServiceServicer_to_server(servicer, server)
     server.add_generic_rpc_handlers((LazyServices(gate),))
     server.add_insecure_port(f"unix:{address}")
     await server.start()

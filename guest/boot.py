@@ -25,8 +25,8 @@ FIRST_MOUNTS = (
     ("tmpfs", "/run", "tmpfs", _NODEV, "mode=0755"),
 )
 LATER_MOUNTS = (
-    ("tmpfs", "/dev/shm", "tmpfs", _NODEV, "mode=1777"),
-    ("tmpfs", "/tmp", "tmpfs", _NODEV, "mode=1777"),
+    ("tmpfs", "/dev/shm", "tmpfs", _NODEV, "mode=1777"),  # noqa: S108
+    ("tmpfs", "/tmp", "tmpfs", _NODEV, "mode=1777"),  # noqa: S108
     ("cgroup2", "/sys/fs/cgroup", "cgroup2", _NOEXEC, "nsdelegate"),
 )
 
@@ -91,9 +91,9 @@ def make_program_dev(settings: Settings) -> None:
     syscalls.mount("tmpfs", dev, "tmpfs", syscalls.MS_NOSUID, "mode=0755,size=64k")
     for name, minor in _PROGRAM_DEVICES:
         os.mknod(f"{dev}/{name}", 0o20666, os.makedev(1, minor))
-        os.chmod(f"{dev}/{name}", 0o666)
+        os.chmod(f"{dev}/{name}", 0o666)  # noqa: S103
     os.mknod(f"{dev}/tty", 0o20666, os.makedev(5, 0))
-    os.chmod(f"{dev}/tty", 0o666)
+    os.chmod(f"{dev}/tty", 0o666)  # noqa: S103
     for name, target in _PROGRAM_LINKS:
         os.symlink(target, f"{dev}/{name}")
     for name in ("pts", "shm"):
@@ -107,7 +107,7 @@ def make_directories() -> None:
         ("/workspace", 0o755),
         ("/home/sandbox", 0o755),
         ("/root", 0o700),
-        ("/var/tmp", 0o1777),
+        ("/var/tmp", 0o1777),  # noqa: S108
     ):
         if not os.path.isdir(path):
             os.makedirs(path, exist_ok=True)

@@ -115,7 +115,7 @@ def _execute(argv: list[str], env: dict[str, str]) -> NoReturn:
         candidates = [f"{directory or '.'}/{program}" for directory in search.split(":")]
     for candidate in candidates:
         try:
-            os.execve(candidate, argv, env)
+            os.execve(candidate, argv, env)  # noqa: S606 - argv is the caller's, and no shell is wanted
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 if os.path.exists(candidate) and error.errno == errno.ENOENT:
@@ -131,4 +131,4 @@ def _execute(argv: list[str], env: dict[str, str]) -> NoReturn:
 
 
 def _tell(status: int, failure: tuple[object, ...]) -> None:
-    os.write(status, marshal.dumps(failure))
+    os.write(status, marshal.dumps(failure))  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import signal
 import struct
 import termios
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from guest import log
@@ -298,9 +299,8 @@ class Exec:
         if self.input is not None:
             self.input.close()
 
-    def _set_timer(self, name: str, seconds: float, action: object) -> None:
+    def _set_timer(self, name: str, seconds: float, action: Callable[[], object]) -> None:
         self._cancel_timer(name)
-        assert callable(action)
         self._timers[name] = asyncio.get_running_loop().call_later(seconds, action)
 
     def _cancel_timer(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import stat
 from collections.abc import AsyncIterator, Callable
@@ -47,7 +48,7 @@ class FileCalls:
             at, left = request.offset, request.length or None
             while left is None or left > 0:
                 size = _BATCH if left is None else min(_BATCH, left)
-                data = await _blocking(request.path, lambda size=size, at=at: os.pread(fd, size, at))  # type: ignore[misc]
+                data = await _blocking(request.path, functools.partial(os.pread, fd, size, at))
                 if not data:
                     break
                 at += len(data)
@@ -83,9 +84,10 @@ class FileCalls:
             async for data in _chunks(requests):
                 batch += data
                 if len(batch) >= _BATCH:
-                    await _blocking(path, lambda: writer.write(batch))
-                    batch.clear()
-            await _blocking(path, lambda: (writer.write(batch), writer.commit()))
+                    await _blocking(path, functools.partial(writer.write, batch))
+                    batch = bytearray()
+            await _blocking(path, functools.partial(writer.write, batch))
+            await _blocking(path, writer.commit)
             return pb.WriteFileResponse(size_bytes=writer.size)
 
     @call()

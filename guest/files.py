@@ -104,7 +104,7 @@ class Writer:
             os.close(self._parent)
             self._parent = -1
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Write the next bytes."""
         view = memoryview(data)
         while view:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import re
 import socket
 import stat
 import struct
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from guest import boot, log, syscalls
@@ -20,7 +22,7 @@ from guest.users import with_sandbox, with_sandbox_group
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
 _DIRECTORIES = (
-    ("/proc", 0o555), ("/sys", 0o555), ("/dev", 0o755), ("/tmp", 0o1777), ("/run", 0o755), ("/etc", 0o755),
+    ("/proc", 0o555), ("/sys", 0o555), ("/dev", 0o755), ("/tmp", 0o1777), ("/run", 0o755), ("/etc", 0o755),  # noqa: S108
     ("/home", 0o755), ("/home/sandbox", 0o755), ("/workspace", 0o755), ("/root", 0o700),
 )  # fmt: skip
 
@@ -106,7 +108,7 @@ def apply(identity: Identity, settings: Settings, root: Root | None) -> tuple[Co
     _attempt("user", lambda: _make_user(identity, root))
     _attempt("hosts", lambda: _write_hosts(identity, root))
     for directory in ("/workspace", "/home/sandbox"):
-        _attempt(f"owner of {directory}", lambda where=directory: _give(root, where, identity))  # type: ignore[misc]
+        _attempt(f"owner of {directory}", functools.partial(_give, root, directory, identity))
     return Confirmation(
         hostname=hostname, machine_id=machine_id, clock=clock, entropy=entropy, disk=True
     ), root
@@ -128,8 +130,7 @@ def find_disk(serial: str) -> str:
     raise not_found(f"no block device has the serial {serial!r}", reason="DISK_NOT_FOUND", serial=serial)
 
 
-def _attempt(what: str, action: object) -> bool:
-    assert callable(action)
+def _attempt(what: str, action: Callable[[], object]) -> bool:
     try:
         action()
     except OSError as error:
@@ -149,7 +150,6 @@ def _add_entropy(seed: bytes) -> None:
 
 
 def _mount_root_disk(identity: Identity, settings: Settings) -> None:
-    boot.load_lazy(settings, "virtio_blk")
     boot.load_lazy(settings, "ext4")
     device = find_disk(identity.disk)
     target = settings.root_disk
@@ -183,11 +183,11 @@ def _prepare_root_disk(identity: Identity, root: Root) -> None:
             )
     if identity.disk_writable:
         return
-    for path, mode in (("/tmp", "1777"), ("/workspace", "0755"), ("/home/sandbox", "0755")):  # noqa: S108
+    for path, bits in (("/tmp", "1777"), ("/workspace", "0755"), ("/home/sandbox", "0755")):  # noqa: S108
         fd = root.open(path, os.O_PATH | os.O_DIRECTORY)
         try:
             flags = syscalls.MS_NOSUID | syscalls.MS_NODEV
-            syscalls.mount("tmpfs", f"/proc/self/fd/{fd}", "tmpfs", flags, f"mode={mode}")
+            syscalls.mount("tmpfs", f"/proc/self/fd/{fd}", "tmpfs", flags, f"mode={bits}")
         finally:
             os.close(fd)
 

@@ -70,10 +70,10 @@ def _health() -> Any:
         def __init__(self) -> None:
             super().__init__()
             for name in _NAMES:
-                self._server_status[name] = HealthCheckResponse.SERVING
+                self._server_status[name] = HealthCheckResponse.SERVING  # type: ignore[attr-defined]
 
-    collector = _Collector()
-    health_pb2_grpc.add_HealthServicer_to_server(Servicer(), collector)  # type: ignore[arg-type]
+    collector: Any = _Collector()
+    health_pb2_grpc.add_HealthServicer_to_server(Servicer(), collector)
     return collector.handler
 
 
@@ -83,8 +83,10 @@ def _reflection() -> Any:
     from grpc_reflection.v1alpha import reflection_pb2_grpc
     from grpc_reflection.v1alpha._async import ReflectionServicer
 
-    collector = _Collector()
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(_NAMES), collector)  # type: ignore[arg-type]
+    collector: Any = _Collector()
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
+        ReflectionServicer(_NAMES), collector
+    )
     return collector.handler
 
 
@@ -92,8 +94,8 @@ def _channelz() -> Any:
     from grpc_channelz.v1 import channelz_pb2_grpc
     from grpc_channelz.v1._async import ChannelzServicer
 
-    collector = _Collector()
-    channelz_pb2_grpc.add_ChannelzServicer_to_server(ChannelzServicer(), collector)  # type: ignore[arg-type]
+    collector: Any = _Collector()
+    channelz_pb2_grpc.add_ChannelzServicer_to_server(ChannelzServicer(), collector)
     return collector.handler
 
 
@@ -109,4 +111,4 @@ def _refusal(handler: Any, error: AgentError) -> Any:
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
-    return make(refuse, handler.request_deserializer, handler.response_serializer)  # type: ignore[operator]
+    return make(refuse, handler.request_deserializer, handler.response_serializer)

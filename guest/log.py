@@ -6,6 +6,7 @@ blocked PID 1 is a dead box. /dev/kmsg never blocks; the kernel prints it when i
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 _fd = -1
@@ -42,7 +43,5 @@ def _write(level: int, text: str) -> None:
     if _fd < 0:
         return
     line = " ".join(text.split()).encode(errors="backslashreplace")[:_LIMIT]
-    try:
+    with contextlib.suppress(OSError):
         os.write(_fd, b"<%d>voidbox: %s\n" % (level, line))
-    except OSError:
-        pass

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
 
 from guest import identity, log
 from guest.control import SpawnFailed
-from guest.errors import AgentError, Code, not_implemented, wrong_state
+from guest.errors import AgentError, Code, invalid, not_implemented, wrong_state
 from guest.guest_state import VERSION, Guest
 from guest.identity import Identity
-from guest.rpc import Gate, call
+from guest.mounts import Mounts
+from guest.rpc import CHUNK_LIMIT, SECRET_KEY, Gate, call
 from voidbox.guest.v1 import guest_pb2 as pb
+
+if TYPE_CHECKING:
+    from guest.telemetry import Sample
 
 _GRACE = 2.0  # guest.proto: ShutdownRequest.grace
 _INTERVAL, _SHORTEST_INTERVAL = 1.0, 0.1  # guest.proto: TelemetryRequest.interval
@@ -26,6 +31,7 @@ class MachineCalls:
     guest: Guest
     stopping: asyncio.Event
     claiming: asyncio.Lock
+    mounts: Mounts
 
     @call(before_claim=True)
     async def Claim(self, request: pb.ClaimRequest, _context: Any) -> pb.ClaimResponse:
@@ -33,7 +39,7 @@ class MachineCalls:
         wanted = _to_identity(request)
         wanted.validate()
         async with self.claiming:
-            if self.gate.claimed and not self.gate.matches(((_SECRET, wanted.secret),)):
+            if self.gate.claimed and not self.gate.matches(((SECRET_KEY, wanted.secret),)):
                 raise wrong_state("the box has been claimed already", reason="CLAIMED")
             # Not stopped half-way by a caller that goes away.
             done = await asyncio.shield(asyncio.ensure_future(self._claim(wanted)))
@@ -83,6 +89,63 @@ class MachineCalls:
         return answer
 
     @call()
+    async def Mount(self, request: pb.MountRequest, _context: Any) -> pb.MountResponse:
+        """Mount an attached device."""
+        guest = self.guest
+        await asyncio.to_thread(
+            self.mounts.mount,
+            guest.root, request.source, request.type, request.path, request.mode, (guest.uid, guest.gid),
+        )  # fmt: skip
+        return pb.MountResponse()
+
+    @call()
+    async def Unmount(self, request: pb.UnmountRequest, _context: Any) -> pb.UnmountResponse:
+        """Unmount what Mount mounted."""
+        await asyncio.to_thread(self.mounts.unmount, self.guest.root, request.path)
+        return pb.UnmountResponse()
+
+    @call()
+    async def Connect(self, requests: AsyncIterator[pb.ConnectRequest], context: Any) -> None:
+        """Tunnel one connection to the guest's loopback."""
+        from guest.tunnel import tunnel
+
+        first = await anext(aiter(requests), None)
+        if first is None or not first.HasField("open"):
+            raise invalid("the first message of Connect is `open`", reason="NO_OPEN")
+
+        async def incoming() -> AsyncIterator[bytes]:
+            async for request in requests:
+                if not request.HasField("data") or len(request.data) > CHUNK_LIMIT:
+                    raise invalid(
+                        f"after `open` come `data` of at most {CHUNK_LIMIT} bytes", reason="BAD_DATA"
+                    )
+                yield request.data
+
+        await tunnel(first.open.port, incoming(), lambda data: context.write(pb.ConnectResponse(data=data)))
+
+    @call()
+    async def Telemetry(self, request: pb.TelemetryRequest, context: Any) -> None:
+        """Stream measurements until the caller cancels."""
+        interval = _INTERVAL
+        if request.HasField("interval"):
+            interval = request.interval.seconds + request.interval.nanos / 1e9
+        if interval < _SHORTEST_INTERVAL:
+            raise invalid(f"an interval of {interval:g} s; the shortest is {_SHORTEST_INTERVAL:g} s")
+        from guest import telemetry
+
+        loop = asyncio.get_running_loop()
+        agents = (os.getppid(), os.getpid())
+        start = loop.time()
+        sequence = 0
+        while True:
+            measured = await asyncio.to_thread(telemetry.sample, agents=agents, each=request.processes)
+            await context.write(_to_telemetry(sequence, measured))
+            sequence += 1
+            # On the grid of the interval: a slow reader gets fewer, not later ones.
+            passed = loop.time() - start
+            await asyncio.sleep(interval - passed % interval)
+
+    @call()
     async def ConfigureNetwork(self, _request: pb.ConfigureNetworkRequest, _context: Any) -> None:
         """Not in this version."""
         raise not_implemented("ConfigureNetwork")
@@ -99,13 +162,35 @@ class MachineCalls:
         return pb.ShutdownResponse()
 
 
-_SECRET = "voidbox-secret-bin"  # noqa: S105 - the name of the metadata key
-
-
 def boot_id() -> str:
     """The kernel's boot id."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
+
+
+def _to_telemetry(sequence: int, measured: Sample) -> pb.TelemetryResponse:
+    message = pb.TelemetryResponse(
+        sequence=sequence,
+        memory_total_bytes=measured.memory_total,
+        memory_available_bytes=measured.memory_available,
+        network_received_bytes=measured.received,
+        network_sent_bytes=measured.sent,
+        disk_read_bytes=measured.read,
+        disk_written_bytes=measured.written,
+        process_count=measured.process_count,
+        agent_memory_bytes=measured.agent_memory,
+    )
+    message.time.FromNanoseconds(time.time_ns())
+    message.cpu_time.FromNanoseconds(measured.cpu_ns)
+    for process in measured.processes:
+        usage = message.processes.add(
+            pid=process.pid,
+            name=process.name,
+            memory_bytes=process.memory,
+            exec_id=process.exec_id,
+        )
+        usage.cpu_time.FromNanoseconds(process.cpu_ns)
+    return message
 
 
 def _to_identity(request: pb.ClaimRequest) -> Identity:

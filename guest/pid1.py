@@ -6,6 +6,7 @@ process that must never die has little that could kill it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -88,10 +89,8 @@ def power_off() -> NoReturn:
             targets = [line.split()[1] for line in file]
         for target in reversed(targets):
             if target not in ("/", "/proc", "/dev", "/sys"):
-                try:
+                with contextlib.suppress(OSError):
                     syscalls.umount(target.encode().decode("unicode_escape"), syscalls.MNT_DETACH)
-                except OSError:
-                    pass
     except OSError as error:
         log.warning(f"cannot unmount: {error}")
     os.sync()
@@ -108,6 +107,7 @@ def _boot(settings: Settings) -> None:
     os.environ.clear()
     os.chdir("/")
     os.umask(0o022)
+    os.chmod("/", 0o755)  # noqa: S103 - a tmpfs that is the rootfs starts as 1777
     syscalls.mallopt(syscalls.M_ARENA_MAX, 2)
     boot.mount_all(boot.FIRST_MOUNTS)
     log.open_log(settings.log)

@@ -28,7 +28,7 @@ def in_thread(work: Callable[[], _Result]) -> asyncio.Future[_Result]:
         try:
             result, failure = work(), None
         except BaseException as error:
-            result, failure = None, error  # type: ignore[assignment]
+            result, failure = None, error
         loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=run, daemon=True).start()
@@ -88,8 +88,13 @@ async def _ready(fd: int, *, writing: bool) -> None:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
     add, remove = (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
-    add(fd, lambda: future.done() or future.set_result(None))
+    add(fd, _settle, future)
     try:
         await future
     finally:
         remove(fd)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

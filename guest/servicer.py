@@ -8,11 +8,11 @@ from guest.exec_service import ExecCalls
 from guest.file_service import FileCalls
 from guest.guest_state import Guest
 from guest.machine_service import MachineCalls
+from guest.mounts import Mounts
 from guest.rpc import Gate
-from voidbox.guest.v1 import guest_pb2_grpc
 
 
-class GuestServicer(ExecCalls, FileCalls, MachineCalls, guest_pb2_grpc.GuestServiceServicer):
+class GuestServicer(ExecCalls, FileCalls, MachineCalls):
     """All calls of the service.
 
     Args:
@@ -26,3 +26,4 @@ class GuestServicer(ExecCalls, FileCalls, MachineCalls, guest_pb2_grpc.GuestServ
         self.guest = guest
         self.stopping = stopping
         self.claiming = asyncio.Lock()
+        self.mounts = Mounts(guest.settings)

@@ -1,0 +1,46 @@
+"""A real machine that runs the real guest image, reached as the hypervisor reaches it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from grpc import aio
+
+from services.common.paths import Paths
+from services.imager.guest_image import load_guest_image
+from tests.integration import vsock_machine
+from voidbox.guest.v1 import guest_pb2_grpc
+
+SECRET = bytes(range(32))
+METADATA = (("voidbox-secret-bin", SECRET),)
+
+
+class GuestMachine(vsock_machine.Machine):
+    """`vsock_machine.Machine` with the image's own `/init` and more devices."""
+
+    def __init__(
+        self, *, memory_mib: int = 256, vcpus: int = 1, devices: tuple[str, ...] = (), append: str = ""
+    ) -> None:
+        super().__init__(share=False, append=append)
+        self._memory = memory_mib
+        self._vcpus = vcpus
+        self._devices = devices
+
+    def _argv(self, kernel: str, initramfs: Path) -> list[str]:
+        image = load_guest_image(Paths.from_env(os.environ).cache)
+        argv = [word.replace("320M", f"{self._memory}M") for word in super()._argv(kernel, image.initramfs)]
+        argv[argv.index("-smp") + 1] = str(self._vcpus)
+        return [*argv, *self._devices]
+
+    def channel(self) -> aio.Channel:
+        """A channel to the guest's agent."""
+        return aio.insecure_channel(
+            f"unix:{self.guest_socket}",
+            options=(("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)),
+        )
+
+
+def stub(channel: aio.Channel) -> guest_pb2_grpc.GuestServiceAsyncStub:
+    """The guest's service over `channel`."""
+    return guest_pb2_grpc.GuestServiceStub(channel)  # type: ignore[no-untyped-call,no-any-return]
