@@ -74,7 +74,13 @@ PACKAGES = (
 _KEPT = 4
 _SCRATCH = "build-"
 _HEX = re.compile(r"[0-9a-f]{64}")
-_NOT_IN_GUEST = ("requirements.in", "requirements.lock", "init")
+_NOT_IN_GUEST = ("requirements.in", "requirements.lock")
+# What of `guest/` lies outside the agent's own, private directory.
+_ELSEWHERE = {
+    "init": "init",
+    "mock-agent": "usr/local/bin/voidbox-mock-agent",
+    "mock_agent.py": "usr/local/lib/voidbox/mock_agent.py",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +308,7 @@ class _Builder:
         sources = {
             f"/{name}": content
             for name, (_, content) in project.items()
-            if name.startswith(f"{SITE}/") and name.endswith(".py")
+            if name.endswith(".py")
         }
         compiled = await compile_sources(interpreter, sources, report=self._report)
         entries = [cpio.file(name, content, mode) for name, (mode, content) in project.items()]
@@ -391,8 +397,8 @@ def _project_files(source: Path) -> Iterator[tuple[str, tuple[int, bytes]]]:
         name = path.relative_to(guest).as_posix()
         if path.is_relative_to(overlay):
             yield path.relative_to(overlay).as_posix(), _mode_and_content(path)
-        elif name == "init":
-            yield "init", (0o755, path.read_bytes())
+        elif name in _ELSEWHERE:
+            yield _ELSEWHERE[name], _mode_and_content(path)
         elif name not in _NOT_IN_GUEST:
             yield f"{SITE}/guest/{name}", _mode_and_content(path)
     yield f"{SITE}/voidbox/__init__.py", (0o644, b'"""The stubs of voidbox that the guest speaks."""\n')
