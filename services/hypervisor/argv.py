@@ -1,0 +1,203 @@
+"""QEMU's command line, as a pure function of what the machine is made of.
+
+Every file is named by a descriptor that the process inherits, so QEMU needs no permission
+on any path: `/dev/fdset/N` where QEMU's own open takes it, `/dev/fd/N` where it calls open(2).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from services.hypervisor.model import Accelerator, Transport
+
+# Slots kept free for devices that are plugged in later, besides the vsock device's own.
+# A slot cannot be reused for a vsock device that was unplugged from it, so there are several.
+SPARE_ROOT_PORTS = 5
+
+VHOST_SOCKET = "vhost.sock"
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+KERNEL_COMMAND_LINE = "console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on"
+"""panic=-1 reboots at once and -no-reboot turns that into QEMU's end; nothing here is secret,
+since every program in the guest can read /proc/cmdline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskDevice:
+    """A virtio block device; `overlay_fd` is a writable qcow2 layer above the base, or None."""
+
+    serial: str
+    base_fd: int
+    base_format: str = "raw"
+    overlay_fd: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareDevice:
+    """A 9p share of the directory open at `directory_fd`."""
+
+    tag: str
+    directory_fd: int
+    read_only: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VsockDevice:
+    """The vsock device.
+
+    `fd` is /dev/vhost-vsock (vhost) or the directory that holds the backend's listening socket
+    `VHOST_SOCKET` (vhost-user): the backend accepts only a connection that QEMU itself makes.
+    """
+
+    transport: Transport
+    cid: int
+    fd: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineConfig:
+    """What a machine is made of; descriptors are numbers in the QEMU process."""
+
+    program: str
+    name: str
+    accelerator: Accelerator
+    memory_mib: int
+    vcpus: int
+    kernel_fd: int
+    initramfs_fd: int
+    command_line: str
+    console_fd: int
+    vsock: VsockDevice | None = None
+    monitor_fd: int | None = None
+    monitor_listen_fd: int | None = None
+    disks: tuple[DiskDevice, ...] = ()
+    shares: tuple[ShareDevice, ...] = ()
+
+
+def build_argv(machine: MachineConfig) -> list[str]:
+    """The words that start `machine`, the program first.
+
+    RAM is a sealed memfd, shared: the vhost-user protocol hands out RAM by descriptor, and an
+    anonymous backend has none; a file in the box directory would be written back to the disk.
+    """
+    accelerator = machine.accelerator.value
+    argv = [
+        machine.program,
+        *("-name", f"guest={quote(machine.name)}"),
+        *("-machine", f"q35,accel={accelerator},memory-backend=ram,vmport=off,usb=off"),
+        *("-cpu", "host" if machine.accelerator is Accelerator.KVM else "max"),
+        *("-smp", str(machine.vcpus)),
+        *("-m", f"{machine.memory_mib}M"),
+        *("-object", f"memory-backend-memfd,id=ram,size={machine.memory_mib}M,share=on,seal=on"),
+        *("-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-display", "none"),
+        *("-nic", "none"),
+        *("-sandbox", SANDBOX),
+        *("-kernel", f"/dev/fd/{machine.kernel_fd}"),
+        *("-initrd", f"/dev/fd/{machine.initramfs_fd}"),
+        *("-append", machine.command_line),
+    ]
+    sets = _FdSets()
+    argv += sets.add(machine.console_fd)
+    argv += ["-chardev", f"file,id=console,path={sets.path(machine.console_fd)},append=on"]
+    argv += ["-serial", "chardev:console"]
+    if machine.monitor_fd is not None:
+        argv += ["-chardev", f"socket,id=monitor,fd={machine.monitor_fd}"]
+        argv += ["-mon", "chardev=monitor,mode=control"]
+    if machine.monitor_listen_fd is not None:
+        argv += ["-chardev", f"socket,id=adopt,fd={machine.monitor_listen_fd},server=on,wait=off"]
+        argv += ["-mon", "chardev=adopt,mode=control"]
+    for port in range(1 + SPARE_ROOT_PORTS):
+        argv += ["-device", f"pcie-root-port,id=port{port},chassis={port + 1},slot={port + 1}"]
+    argv += ["-object", "rng-builtin,id=entropy", "-device", "virtio-rng-pci,rng=entropy"]
+    if machine.vsock is not None:
+        argv += _vsock(machine.vsock)
+    for number, disk in enumerate(machine.disks):
+        argv += _disk(number, disk, sets)
+    for number, share in enumerate(machine.shares):
+        argv += _share(number, share)
+    return argv
+
+
+def quote(text: str) -> str:
+    """`text` as a value in a QEMU option list, where a comma is written twice."""
+    return text.replace(",", ",,")
+
+
+class _FdSets:
+    """Numbers for `-add-fd`; each descriptor gets a set of its own."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+
+    def add(self, fd: int) -> list[str]:
+        number = self._numbers.setdefault(fd, len(self._numbers) + 1)
+        return ["-add-fd", f"fd={fd},set={number}"]
+
+    def path(self, fd: int) -> str:
+        return f"/dev/fdset/{self._numbers[fd]}"
+
+
+def _vsock(device: VsockDevice) -> list[str]:
+    if device.transport is Transport.VHOST:
+        return [
+            "-device",
+            f"vhost-vsock-pci,id=vsock0,bus=port0,guest-cid={device.cid},vhostfd={device.fd}",
+        ]
+    return [
+        *("-chardev", f"socket,id=vsock,path=/dev/fd/{device.fd}/{VHOST_SOCKET}"),
+        *("-device", "vhost-user-vsock-pci,id=vsock0,bus=port0,chardev=vsock"),
+    ]
+
+
+def _disk(number: int, disk: DiskDevice, sets: _FdSets) -> list[str]:
+    """Block nodes from the file up. A full host disk is reported to the guest as an I/O error:
+    QEMU's default would stop the whole machine instead."""
+    base, overlay, device = f"base{number}", f"overlay{number}", f"disk{number}"
+    argv = [*sets.add(disk.base_fd), *_blockdev(f"{base}-file", sets.path(disk.base_fd), writable=False)]
+    argv += _format(base, disk.base_format, f"{base}-file", backing=None, writable=False)
+    top = base
+    if disk.overlay_fd is not None:
+        argv += sets.add(disk.overlay_fd)
+        argv += _blockdev(f"{overlay}-file", sets.path(disk.overlay_fd), writable=True)
+        argv += _format(overlay, "qcow2", f"{overlay}-file", backing=base, writable=True)
+        top = overlay
+    return [
+        *argv,
+        "-device",
+        f"virtio-blk-pci,id={device},drive={top},serial={quote(disk.serial)},werror=report,rerror=report",
+    ]
+
+
+def _blockdev(node: str, path: str, *, writable: bool) -> list[str]:
+    options = {"driver": "file", "node-name": node, "filename": path, "read-only": not writable}
+    if writable:
+        options["discard"] = "unmap"
+    return ["-blockdev", json.dumps(options, separators=(",", ":"))]
+
+
+def _format(node: str, driver: str, file: str, *, backing: str | None, writable: bool) -> list[str]:
+    options: dict[str, object] = {
+        "driver": driver,
+        "node-name": node,
+        "file": file,
+        "read-only": not writable,
+    }
+    if driver == "qcow2":
+        # Never the path that the image's header names: it may be anybody's.
+        options["backing"] = backing
+    if writable:
+        options["discard"] = "unmap"
+    return ["-blockdev", json.dumps(options, separators=(",", ":"))]
+
+
+def _share(number: int, share: ShareDevice) -> list[str]:
+    read_only = ",readonly=on" if share.read_only else ""
+    return [
+        "-fsdev",
+        f"local,id=fs{number},path=/dev/fd/{share.directory_fd},security_model=none,multidevs=remap{read_only}",
+        "-device",
+        f"virtio-9p-pci,id=share{number},fsdev=fs{number},mount_tag={quote(share.tag)}",
+    ]

@@ -1,0 +1,386 @@
+"""One box: its machine, its guest, its record on disk, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from services.common.errors import Internal, TimedOut, Unavailable, VoidboxError, WrongState
+from services.hypervisor import failure, layout, prepare, record, stats
+from services.hypervisor.claim import Guest, Identity
+from services.hypervisor.driver import Driver, Machine, MachinePlan
+from services.hypervisor.failure import Remains
+from services.hypervisor.model import Accelerator, BoxRecord, Phase, Transport
+from services.hypervisor.states import BoxState, move
+
+log = logging.getLogger(__name__)
+
+# A call that fails because the machine is ending: how long until that is known.
+END_NOTICE_SECONDS = 2.0
+# The guest's own limit for its programs at shutdown, at most half of the whole grace.
+PROGRAM_GRACE_SECONDS = 2.0
+# After a restart of the service: a guest under emulation on a busy host answers late.
+ADOPT_SECONDS = 20.0
+DEFAULT_STOP_GRACE = 5.0
+
+T = TypeVar("T")
+
+
+class Box:
+    """A box from its start to its end.
+
+    All changes go through `_update`, which writes the record to disk before anybody hears of it.
+    `ended` is set once its processes are gone and its last state is on disk.
+    """
+
+    def __init__(self, initial: BoxRecord, directory: Path, on_change: Callable[[BoxRecord], None]) -> None:
+        self.record = initial
+        self.directory = directory
+        self.ended = asyncio.Event()
+        if not initial.state.alive:
+            self.ended.set()
+        self._on_change = on_change
+        self._machine: Machine | None = None
+        self._guest: Guest | None = None
+        self._asked = ""
+        self._operation = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lifetime: asyncio.TimerHandle | None = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._calls = 0
+
+    @property
+    def id(self) -> str:
+        """The box's id."""
+        return self.record.id
+
+    def _update(self, **changes: Any) -> None:
+        changed = dataclasses.replace(self.record, **changes)
+        if changed.state is not self.record.state:
+            move(self.record.state, changed.state)
+        try:
+            record.save(self.directory, changed)
+        except (OSError, VoidboxError) as error:
+            if changed.state in (BoxState.STARTING, BoxState.RUNNING):
+                raise
+            # A full disk must not keep a box from ending; a restart finds it dead by itself.
+            log.error("box %s: its state could not be saved: %s", self.id, error)
+        self.record = changed
+        self._on_change(changed)
+
+    # Starting
+
+    def begin(self, *, accelerator: Accelerator, transport: Transport) -> None:
+        """Write the first record, once the box's directory is there."""
+        self._update(accelerator=accelerator, transport=transport)
+
+    async def start(
+        self, driver: Driver, plan: MachinePlan, identity: Identity, seconds: float, phases: Phases
+    ) -> None:
+        """Boot the machine, claim its guest and have it mount what is attached.
+
+        Raises:
+            VoidboxError: it did not come up; call `destroy`.
+        """
+        deadline = time.monotonic() + seconds
+        self._machine = machine = await driver.start(plan, self._spawned)
+        phases.add("spawn")
+        self._update(vmm_pid=machine.vmm_pid, phases=phases.done)
+        self._guest = guest = Guest(machine.guest_channel(), identity.secret)
+        try:
+            claimed = await self._unless_ended(guest.claim(identity, max(0.1, deadline - time.monotonic())))
+        except TimedOut as error:
+            raise failure.boot_timeout(self.id, seconds, machine.remains()) from error
+        record.write_atomically(self.directory / layout.SECRET_FILE, identity.secret)
+        phases.add("boot")
+        attachments = prepare.attachments(self.record.config)
+        for attachment in attachments:
+            await self._unless_ended(guest.mount(attachment))
+        if attachments:
+            phases.add("mount")
+        self._update(
+            state=BoxState.RUNNING, boot_id=claimed.boot_id, ready_time=time.time(), phases=phases.done
+        )
+        self._serve(machine)
+
+    def _spawned(self, pid: int, started: int) -> None:
+        self._update(shim_pid=pid, shim_start=started)
+
+    async def _unless_ended(self, work: Coroutine[object, object, T]) -> T:
+        """The result of `work` with the guest, or why the machine ended first."""
+        assert self._machine is not None
+        task = asyncio.create_task(work)
+        end = asyncio.create_task(self._machine.ended.wait())
+        try:
+            await asyncio.wait({task, end}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and task.exception() is not None and not isinstance(task.exception(), TimedOut):
+                # The guest's sockets close a moment before its processes are gone.
+                await asyncio.wait({end}, timeout=END_NOTICE_SECONDS)
+            if not end.done() or (task.done() and task.exception() is None):
+                return task.result()
+            config = self.record.config
+            raise failure.boot_failure(
+                self.id, config.kernel_path, config.resources.memory_mib, self._machine.remains()
+            )
+        finally:
+            for each in (task, end):
+                each.cancel()
+            await asyncio.gather(task, end, return_exceptions=True)
+
+    # Taking up after a restart of the service
+
+    async def adopt(self, driver: Driver) -> None:
+        """Find the running machine of this record again, and make sure that it is the one.
+
+        Raises:
+            VoidboxError: it is gone, or is not what the record says; call `bury`.
+        """
+        self._machine = machine = await driver.adopt(self.record, self.directory)
+        try:
+            secret = (self.directory / layout.SECRET_FILE).read_bytes()
+        except OSError as error:
+            raise Internal(f"box {self.id}: its secret is lost: {error.strerror}", reason="LOST") from error
+        self._guest = guest = Guest(machine.guest_channel(), secret)
+        paused = await machine.paused()
+        if not paused:
+            boot_id = await self._unless_ended(guest.boot_id(ADOPT_SECONDS))
+            if boot_id != self.record.boot_id:
+                raise Internal(f"box {self.id}: its guest has booted again", reason="BOOT_ID_CHANGED")
+        state = BoxState.PAUSED if paused else BoxState.RUNNING
+        if state is not self.record.state:
+            self._update(state=state)
+        self._serve(machine)
+
+    async def bury(self, driver: Driver, why: str) -> None:
+        """End what is left of a box that could not be adopted, and record how it ended."""
+        if self._machine is not None:
+            await self._machine.kill(gently=False)
+        if not self.record.state.alive:
+            return
+        if self.record.state is BoxState.STOPPING:
+            self._update(state=BoxState.STOPPED, end_time=time.time())
+        else:
+            remains = driver.leftovers(self.record, self.directory)
+            reason = failure.describe_end(remains) if remains.recorded else why
+            self._update(state=BoxState.FAILED, reason=reason, end_time=time.time())
+        await self._finish()
+
+    # Living
+
+    def _serve(self, machine: Machine) -> None:
+        self._own(self._follow(machine))
+        config = self.record.config
+        if config.max_lifetime:
+            left = max(0.0, self.record.create_time + config.max_lifetime - time.time())
+            why = f"its max_lifetime of {config.max_lifetime:g} s has passed"
+            self._lifetime = asyncio.get_running_loop().call_later(left, self._expire, why)
+        self._rest()
+
+    def _own(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _follow(self, machine: Machine) -> None:
+        """Wait for the machine's end and record it."""
+        await machine.ended.wait()
+        if self.record.state.alive:
+            self._update(end_time=time.time(), **self._ending(machine.remains()))
+            log.info("box %s: %s: %s", self.id, self.record.state.value, self.record.reason)
+        await self._finish()
+
+    def _ending(self, remains: Remains) -> dict[str, Any]:
+        if self._asked:
+            return {"state": BoxState.STOPPED, "reason": self._asked}
+        return {"state": BoxState.FAILED, "reason": failure.describe_end(remains)}
+
+    async def _finish(self) -> None:
+        for timer in (self._lifetime, self._idle):
+            if timer is not None:
+                timer.cancel()
+        self.ended.set()
+        await self.let_go(cancel=False)
+
+    async def let_go(self, *, cancel: bool = True) -> None:
+        """Close our ends; a machine that runs goes on running. Idempotent.
+
+        Args:
+            cancel: Whether tasks of this box are ended too.
+        """
+        if cancel:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._guest is not None:
+            guest, self._guest = self._guest, None
+            # Calls that the end has cut off get time to end by themselves, so that they say why.
+            await guest.channel.close(None if cancel else END_NOTICE_SECONDS)
+        if self._machine is not None and (cancel or self._machine.ended.is_set()):
+            machine, self._machine = self._machine, None
+            await machine.close()
+
+    def _expire(self, why: str) -> None:
+        self._own(self.stop(DEFAULT_STOP_GRACE, why))
+
+    def _rest(self) -> None:
+        seconds = self.record.config.idle_timeout
+        if seconds and self._calls == 0 and self.record.state.alive:
+            why = f"nothing has used it for its idle_timeout of {seconds:g} s"
+            self._idle = asyncio.get_running_loop().call_later(seconds, self._expire, why)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the box from counting as idle."""
+        self._calls += 1
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            self._rest()
+
+    @property
+    def guest(self) -> Guest:
+        """The guest of a running box.
+
+        Raises:
+            WrongState: the box does not run; the message says why.
+        """
+        if self._guest is None or self.record.state is not BoxState.RUNNING:
+            raise self._not("running")
+        return self._guest
+
+    def _not(self, wanted: str) -> WrongState:
+        state, why = self.record.state.value, self.record.reason
+        return WrongState(
+            f"box {self.id} is not {wanted} but {state}" + (f": {why}" if why else ""),
+            reason="BOX_NOT_RUNNING",
+            box=self.id,
+            state=state,
+        )
+
+    async def died(self) -> Unavailable | None:
+        """The error of a call that the box's end has cut off; None if the box lives."""
+        machine = self._machine
+        if machine is None and not self.ended.is_set():
+            return None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_NOTICE_SECONDS):
+                await self.ended.wait()
+        if not self.ended.is_set() and self.record.state is not BoxState.STOPPING:
+            return None
+        return Unavailable(
+            f"box {self.id} has ended: {self.record.reason or self.record.state.value}",
+            reason="BOX_DIED",
+            box=self.id,
+            end_reason=self.record.reason,
+        )
+
+    def asked_to_power_off(self) -> None:
+        """Note that the guest was asked to power off through its own agent."""
+        if self.record.state is BoxState.RUNNING:
+            self._asked = "the guest powered off as asked"
+
+    async def pause(self) -> None:
+        """Stop its processors. Idempotent.
+
+        Raises:
+            WrongState: it neither runs nor is paused.
+        """
+        async with self._operation:
+            if self.record.state is BoxState.PAUSED:
+                return
+            if self.record.state is not BoxState.RUNNING or self._machine is None:
+                raise self._not("running")
+            await self._machine.pause()
+            self._update(state=BoxState.PAUSED)
+
+    async def resume(self) -> None:
+        """Let its processors go on. Idempotent.
+
+        Raises:
+            WrongState: it neither runs nor is paused.
+        """
+        async with self._operation:
+            if self.record.state is BoxState.RUNNING:
+                return
+            if self.record.state is not BoxState.PAUSED or self._machine is None:
+                raise self._not("paused")
+            await self._machine.resume()
+            self._update(state=BoxState.RUNNING)
+
+    def usage(self) -> stats.Usage:
+        """What its processes take of the host."""
+        return stats.of(self._machine.pids) if self._machine is not None else stats.Usage()
+
+    def vsock_bytes(self) -> tuple[int, int]:
+        """Bytes sent to and received from the guest over vsock."""
+        return self._machine.vsock_bytes() if self._machine is not None else (0, 0)
+
+    def resident_mib(self) -> int:
+        """Its resident memory; cheap."""
+        return sum(map(stats.resident_bytes, self._machine.pids)) >> 20 if self._machine is not None else 0
+
+    # Ending
+
+    async def stop(self, grace: float, why: str) -> None:
+        """End it: the guest is asked, then QEMU, then both are killed. Idempotent.
+
+        Args:
+            grace: Seconds for the guest to end by itself; 0 kills at once.
+            why: For the record.
+
+        Raises:
+            Unavailable: its processes do not end.
+        """
+        async with self._operation:
+            machine = self._machine
+            if not self.record.state.alive or machine is None:
+                return
+            ask = grace > 0 and self.record.state is BoxState.RUNNING
+            self._asked = why
+            if self.record.state is not BoxState.STOPPING:
+                self._update(state=BoxState.STOPPING, reason=why)
+            if ask and self._guest is not None:
+                await self._ask_guest(self._guest, machine, grace)
+            await machine.kill(gently=grace > 0)
+            await self.ended.wait()
+
+    async def _ask_guest(self, guest: Guest, machine: Machine, grace: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                try:
+                    await guest.shut_down(min(PROGRAM_GRACE_SECONDS, grace / 2))
+                except VoidboxError as error:
+                    if machine.ended.is_set():
+                        return
+                    log.debug("box %s did not answer Shutdown: %s", self.id, error)
+                await machine.ended.wait()
+
+    async def destroy(self) -> None:
+        """Kill what runs, whatever the state; nothing is recorded. For a start that failed."""
+        if self._machine is not None:
+            await self._machine.kill(gently=False)
+        await self.let_go()
+
+
+class Phases:
+    """Measures the phases of a start, one after the other."""
+
+    def __init__(self) -> None:
+        self.done: tuple[Phase, ...] = ()
+        self._last = time.monotonic()
+
+    def add(self, name: str) -> None:
+        """End the present phase, which is called `name`."""
+        now = time.monotonic()
+        self.done = (*self.done, Phase(name=name, seconds=now - self._last))
+        self._last = now

@@ -1,0 +1,181 @@
+"""The first conversation with a fresh guest: it gets its identity, and must confirm each item."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf import duration_pb2, timestamp_pb2
+
+from services.common.address import Address
+from services.common.channel import open_channel
+from services.common.errors import Internal, from_rpc_error
+from services.hypervisor.model import MountMode
+from voidbox.common.v1 import common_pb2
+from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
+
+if TYPE_CHECKING:  # exists in the type stubs only
+    from voidbox.guest.v1.guest_pb2_grpc import GuestServiceAsyncStub
+
+SECRET_KEY = "voidbox-secret-bin"  # noqa: S105 - the metadata key
+SECRET_BYTES = 32
+ENTROPY_BYTES = 64
+# A mount inside a guest under emulation takes well below a second.
+MOUNT_SECONDS = 30.0
+
+# The socket stands before the guest runs, so a connection is accepted and then waits for the
+# guest's driver; it is refused while the driver is up and the agent not yet, then tried again.
+# The first number is how long one attempt may take, the others the pause between two.
+_BOOT_OPTIONS = (
+    ("grpc.min_reconnect_backoff_ms", 20_000),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 100),
+    # A guest that stands still (paused, a busy host) must not lose its streams.
+    ("grpc.keepalive_time_ms", 2**31 - 1),
+    ("grpc.enable_retries", 0),
+)
+_MODES = {
+    MountMode.READ_ONLY: common_pb2.MOUNT_MODE_READ_ONLY,
+    MountMode.READ_WRITE: common_pb2.MOUNT_MODE_READ_WRITE,
+    MountMode.OVERLAY: common_pb2.MOUNT_MODE_OVERLAY,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who a guest is told to be; `user` is (uid, gid) of its programs, None for the agent's default."""
+
+    secret: bytes = field(repr=False, default_factory=lambda: secrets.token_bytes(SECRET_BYTES))
+    box_id: str
+    hostname: str
+    user: tuple[int, int] | None = None
+    root_serial: str = ""
+    root_writable: bool = False
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """What a claimed guest told."""
+
+    boot_id: str
+    agent_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """A device for the guest to mount: the mount tag of a share or the serial of a disk."""
+
+    source: str
+    path: str
+    mode: MountMode
+    disk: bool = False
+
+
+def guest_channel(directory_fd: int, name: str) -> grpc.aio.Channel:
+    """A channel to the socket `name` in an open directory, however long the directory's path is."""
+    return open_channel(Address(path=Path(f"/proc/self/fd/{directory_fd}/{name}")), options=_BOOT_OPTIONS)
+
+
+class Guest:
+    """The agent of one box, as the hypervisor calls it."""
+
+    def __init__(self, channel: grpc.aio.Channel, secret: bytes) -> None:
+        self.channel = channel
+        self.metadata = ((SECRET_KEY, secret),)
+        self.stub: GuestServiceAsyncStub = guest_pb2_grpc.GuestServiceStub(channel)  # type: ignore[assignment]
+
+    async def claim(self, identity: Identity, seconds: float) -> Claimed:
+        """Give the guest its identity; waits for the agent to come up.
+
+        Raises:
+            Internal: the guest does not confirm an item; it must not be served.
+            TimedOut: no answer within `seconds`.
+        """
+        now = time.time_ns()
+        request = guest_pb2.ClaimRequest(
+            secret=identity.secret,
+            box_id=identity.box_id,
+            hostname=identity.hostname,
+            machine_id=os.urandom(16),
+            wall_clock=timestamp_pb2.Timestamp(seconds=now // 10**9, nanos=now % 10**9),
+            entropy=os.urandom(ENTROPY_BYTES),
+            env=dict(identity.env),
+        )
+        if identity.user is not None:
+            request.default_user.uid, request.default_user.gid = identity.user
+        if identity.root_serial:
+            request.root_disk.serial = identity.root_serial
+            request.root_disk.writable = identity.root_writable
+        try:
+            answer = await self.stub.Claim(
+                request, timeout=seconds, wait_for_ready=True, metadata=self.metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        confirmed = {
+            "host name": answer.hostname_set,
+            "machine id": answer.machine_id_set,
+            "clock": answer.clock_set,
+            "entropy": answer.entropy_added,
+            "root disk": answer.root_disk_mounted,
+            "boot id": bool(answer.boot_id),
+        }
+        if missing := [name for name, done in confirmed.items() if not done]:
+            raise Internal(
+                f"box {identity.box_id}: its guest did not confirm its {', '.join(missing)}; it is not served",
+                reason="CLAIM_UNCONFIRMED",
+                box=identity.box_id,
+            )
+        return Claimed(boot_id=answer.boot_id, agent_version=answer.agent_version)
+
+    async def mount(self, attachment: Attachment) -> None:
+        """Have the guest mount a share or disk.
+
+        Raises:
+            VoidboxError: as the guest says.
+        """
+        request = guest_pb2.MountRequest(
+            source=attachment.source,
+            type=guest_pb2.MOUNT_TYPE_DISK if attachment.disk else guest_pb2.MOUNT_TYPE_9P,
+            path=attachment.path,
+            mode=_MODES[attachment.mode],
+        )
+        try:
+            await self.stub.Mount(request, timeout=MOUNT_SECONDS, metadata=self.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def boot_id(self, seconds: float) -> str:
+        """The guest's boot id, if it knows our secret.
+
+        Raises:
+            VoidboxError: it does not answer in time, or not to us.
+        """
+        try:
+            answer = await self.stub.GetGuest(
+                guest_pb2.GetGuestRequest(), timeout=seconds, wait_for_ready=True, metadata=self.metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        return answer.boot_id
+
+    async def shut_down(self, grace: float) -> None:
+        """Ask the guest to power off, its programs having `grace` seconds.
+
+        Raises:
+            VoidboxError: it does not answer.
+        """
+        request = guest_pb2.ShutdownRequest(
+            grace=duration_pb2.Duration(seconds=int(grace), nanos=int(grace % 1 * 1e9))
+        )
+        try:
+            await self.stub.Shutdown(request, timeout=grace + 1, metadata=self.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error

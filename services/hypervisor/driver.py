@@ -1,0 +1,114 @@
+"""What runs machines, as the boxes see it; one implementation per kind of hypervisor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+
+from services.hypervisor.failure import Remains
+from services.hypervisor.inputs import Identity
+from services.hypervisor.model import Accelerator, BoxConfig, BoxRecord, Transport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachinePlan:
+    """A machine to start: what it is made of, where its files go, and who runs it.
+
+    The descriptors belong to whoever made the plan and may be closed once `start` returns.
+    `disk_fds` are (base, private layer or None) per disk, the root disk first.
+    """
+
+    box_id: str
+    directory: Path
+    config: BoxConfig
+    accelerator: Accelerator
+    transport: Transport
+    cid: int
+    identity: Identity
+    kernel_fd: int
+    initramfs_fd: int
+    disk_fds: tuple[tuple[int, int | None], ...] = ()
+    mount_fds: tuple[int, ...] = ()
+
+
+class Machine(Protocol):
+    """A running machine. `ended` is set once all its processes are gone."""
+
+    ended: asyncio.Event
+    vmm_pid: int
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Its processes on the host."""
+        ...
+
+    def guest_channel(self) -> grpc.aio.Channel:
+        """A new channel to the agent; the caller closes it."""
+        ...
+
+    async def pause(self) -> None:
+        """Stop its processors."""
+        ...
+
+    async def resume(self) -> None:
+        """Let its processors go on."""
+        ...
+
+    async def paused(self) -> bool:
+        """Whether its processors are stopped."""
+        ...
+
+    async def kill(self, *, gently: bool) -> None:
+        """End it; returns when its processes are gone. Idempotent.
+
+        Args:
+            gently: Let it flush its disks first, for a bounded time.
+        """
+        ...
+
+    def remains(self) -> Remains:
+        """What it left behind; meaningful once `ended` is set."""
+        ...
+
+    def vsock_bytes(self) -> tuple[int, int]:
+        """Bytes sent to and received from the guest over vsock."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of it; it goes on running. Idempotent."""
+        ...
+
+
+class Driver(Protocol):
+    """Starts machines and finds them again."""
+
+    async def start(self, plan: MachinePlan, on_spawned: Callable[[int, int], None]) -> Machine:
+        """Start a machine.
+
+        Args:
+            plan: What to start.
+            on_spawned: Called with pid and start time of the machine's leading process before
+                that process does anything; when it fails, the process ends by itself.
+
+        Raises:
+            VoidboxError: it did not start; nothing of it runs.
+        """
+        ...
+
+    async def adopt(self, record: BoxRecord, directory: Path) -> Machine:
+        """Take up a machine that another process started.
+
+        Raises:
+            NotFound: it is gone.
+            VoidboxError: it cannot be talked to.
+        """
+        ...
+
+    def leftovers(self, record: BoxRecord, directory: Path) -> Remains:
+        """What a machine left behind that ended while nobody watched."""
+        ...

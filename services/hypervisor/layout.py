@@ -1,0 +1,104 @@
+"""Where the hypervisor keeps what: one private directory per box, named by its id.
+
+<state>/hypervisor/lock          held by the one service that owns the boxes below
+<state>/hypervisor/probes.json   what probes found on this boot of the host
+<state>/hypervisor/boxes/<id>/   one box: everything of it, so removing it removes all
+    state.json  secret  exit.json  console.log  vmm.log  *.qcow2
+    guest.sock  qmp.sock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.errors import WrongState
+from services.common.paths import private_dir
+
+GUEST_SOCKET = "guest.sock"
+QMP_SOCKET = "qmp.sock"
+EXIT_FILE = "exit.json"
+CONSOLE_FILE = "console.log"
+LOG_FILE = "vmm.log"
+SECRET_FILE = "secret"  # noqa: S105 - a file's name
+_TRASH = ".trash-"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The hypervisor's files below the state directory `state`."""
+
+    state: Path
+
+    @property
+    def root(self) -> Path:
+        """The directory that holds everything of the hypervisor."""
+        return self.state / "hypervisor"
+
+    @property
+    def boxes(self) -> Path:
+        """The directory that holds the boxes' directories."""
+        return self.root / "boxes"
+
+    @property
+    def probes(self) -> Path:
+        """What the probes found."""
+        return self.root / "probes.json"
+
+    def make(self) -> None:
+        """Make the directories, private to this user."""
+        private_dir(self.state)
+        private_dir(self.root)
+        private_dir(self.boxes)
+
+    def box(self, box_id: str) -> Path:
+        """A box's directory; `box_id` has been checked."""
+        return self.boxes / box_id
+
+    def box_ids(self) -> list[str]:
+        """The ids of the boxes that have a directory."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(entry.name for entry in os.scandir(self.boxes) if not entry.name.startswith("."))
+        return []
+
+    def remove(self, box_id: str) -> None:
+        """Remove a box's directory; it vanishes at once under its name, whole. Idempotent."""
+        trash = self.boxes / f"{_TRASH}{box_id}"
+        shutil.rmtree(trash, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.box(box_id).rename(trash)
+            shutil.rmtree(trash)
+
+    def empty_trash(self) -> None:
+        """Finish removals that were interrupted."""
+        for entry in list(os.scandir(self.boxes)):
+            if entry.name.startswith(_TRASH):
+                shutil.rmtree(entry.path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the boxes for the length of the block; the kernel lets go if the process dies.
+
+        Raises:
+            WrongState: another process holds them.
+        """
+        self.make()
+        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WrongState(
+                    f"another hypervisor owns the boxes in {self.root}; stop it (voidbox down) "
+                    "or set another VOIDBOX_STATE_DIR",
+                    reason="STATE_IN_USE",
+                    path=self.root,
+                ) from None
+            yield
+        finally:
+            os.close(fd)

@@ -1,0 +1,163 @@
+"""From a box's configuration to a machine's plan: everything is opened and checked here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+from collections.abc import Collection
+from pathlib import Path
+
+from services.common.errors import InvalidInput, NotBuilt
+from services.hypervisor import disks, inputs
+from services.hypervisor.claim import Attachment
+from services.hypervisor.driver import MachinePlan
+from services.hypervisor.inputs import Identity
+from services.hypervisor.model import Accelerator, BoxConfig, Disk, MountMode, Transport
+from services.hypervisor.programs import Programs
+
+# CIDs below 3 are reserved (vsock(7)); a random one collides with nobody else's on the host.
+_FIRST_CID, _LAST_CID = 1 << 16, (1 << 31) - 1
+MAX_DISKS = 16
+MAX_MOUNTS = 16
+ROOT_SERIAL = "root"
+
+
+def choose_cid(taken: Collection[int]) -> int:
+    """A CID that no box of ours has."""
+    while (cid := random.randint(_FIRST_CID, _LAST_CID)) in taken:  # noqa: S311 - uniqueness only
+        pass
+    return cid
+
+
+def all_disks(config: BoxConfig) -> tuple[Disk, ...]:
+    """The disks in the order of their devices: the root disk first, if there is one."""
+    return (*((config.root_disk,) if config.root_disk else ()), *config.disks)
+
+
+def disk_serial(config: BoxConfig, number: int) -> str:
+    """The virtio serial of disk `number` of `all_disks`."""
+    return ROOT_SERIAL if config.root_disk and number == 0 else f"disk{number}"
+
+
+def share_tag(number: int) -> str:
+    """The 9p mount tag of mount `number`."""
+    return f"m{number}"
+
+
+def attachments(config: BoxConfig) -> list[Attachment]:
+    """What the guest has to mount after its claim, disks before shares."""
+    found = [
+        Attachment(
+            source=disk_serial(config, number),
+            path=disk.guest_path,
+            mode=MountMode.READ_WRITE if disk.writable else MountMode.READ_ONLY,
+            disk=True,
+        )
+        for number, disk in enumerate(all_disks(config))
+        if disk is not config.root_disk
+    ]
+    shares = [
+        Attachment(source=share_tag(number), path=mount.guest_path, mode=mount.mode)
+        for number, mount in enumerate(config.mounts)
+    ]
+    return found + shares
+
+
+def check_config(config: BoxConfig) -> None:
+    """Refuse what no machine can be made of, before anything is opened.
+
+    Raises:
+        InvalidInput: too many devices, a bad path or format.
+        NotBuilt: a feature of a later version.
+    """
+    if len(config.disks) > MAX_DISKS:
+        raise InvalidInput(f"{len(config.disks)} disks; at most {MAX_DISKS}", reason="TOO_MANY_DISKS")
+    if len(config.mounts) > MAX_MOUNTS:
+        raise InvalidInput(f"{len(config.mounts)} mounts; at most {MAX_MOUNTS}", reason="TOO_MANY_MOUNTS")
+    for disk in all_disks(config):
+        if disk.format not in ("raw", "qcow2"):
+            raise InvalidInput(
+                f"disk {disk.base_path}: format {disk.format!r} must be 'raw' or 'qcow2'", reason="BAD_DISK"
+            )
+    for disk in config.disks:
+        if (
+            not os.path.isabs(disk.guest_path)
+            or ".." in Path(disk.guest_path).parts
+            or disk.guest_path == "/"
+        ):
+            raise InvalidInput(
+                f"disk {disk.base_path}: its path in the box, {disk.guest_path!r}, must be absolute, not '/' "
+                "and without '..'",
+                reason="BAD_DISK",
+            )
+    paths = [item.path.rstrip("/") for item in attachments(config)]
+    if twice := {path for path in paths if paths.count(path) > 1}:
+        raise InvalidInput(f"two mounts at {', '.join(sorted(twice))}", reason="BAD_MOUNT")
+
+
+def unsupported(feature: str) -> NotBuilt:
+    """The error for a part of a box that this version does not build."""
+    return NotBuilt(f"{feature} is not built in this version", reason="NOT_IMPLEMENTED", feature=feature)
+
+
+async def prepare(
+    box_id: str,
+    config: BoxConfig,
+    directory: Path,
+    *,
+    programs: Programs,
+    accelerator: Accelerator,
+    transport: Transport,
+    cid: int,
+    fallback: Identity,
+    stack: contextlib.ExitStack,
+) -> tuple[MachinePlan, tuple[int, int] | None]:
+    """Open all that the box is made of and make its private disk layers in `directory`.
+
+    Args:
+        stack: Closes the descriptors.
+        fallback: Who the machine runs as if no mount decides.
+
+    Returns:
+        The plan, and who the guest's programs run as (None: the agent's default).
+
+    Raises:
+        InvalidInput: a kernel, disk or mount that is missing or wrong.
+        Exhausted: the disk is full.
+    """
+
+    def own(fd: int) -> int:
+        stack.callback(os.close, fd)
+        return fd
+
+    mount_fds = [own(inputs.open_mount(mount)) for mount in config.mounts]
+    identity, same_user = inputs.machine_identity(zip(config.mounts, mount_fds, strict=True), fallback)
+    kernel = inputs.open_kernel(config.kernel_path)
+    kernel = own(await asyncio.to_thread(inputs.reopenable, kernel, identity))
+    initramfs = inputs.open_initramfs(config.initramfs_path)
+    initramfs = own(await asyncio.to_thread(inputs.reopenable, initramfs, identity))
+    disk_fds: list[tuple[int, int | None]] = []
+    for number, disk in enumerate(all_disks(config)):
+        base = own(inputs.open_disk_base(disk))
+        layer = None
+        if disk.writable:
+            path = directory / f"{disk_serial(config, number)}.qcow2"
+            size = config.resources.disk_mib if disk is config.root_disk else 0
+            layer = own(await disks.make_overlay(programs, disk, base, size, path))
+        disk_fds.append((base, layer))
+    plan = MachinePlan(
+        box_id=box_id,
+        directory=directory,
+        config=config,
+        accelerator=accelerator,
+        transport=transport,
+        cid=cid,
+        identity=identity,
+        kernel_fd=kernel,
+        initramfs_fd=initramfs,
+        disk_fds=tuple(disk_fds),
+        mount_fds=tuple(mount_fds),
+    )
+    return plan, (identity.uid, identity.gid) if same_user and identity.uid != 0 else None

@@ -1,0 +1,321 @@
+"""All boxes of one host: created once per id, found again after a restart, gone without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.errors import AlreadyExists, Cancelled, Internal, NotFound, VoidboxError
+from services.hypervisor import admission, prepare, record
+from services.hypervisor.admission import Host
+from services.hypervisor.box import DEFAULT_STOP_GRACE, Box, Phases
+from services.hypervisor.claim import Identity
+from services.hypervisor.inputs import Identity as MachineUser
+from services.hypervisor.layout import Layout
+from services.hypervisor.model import BoxConfig, BoxRecord, check_box_id
+from services.hypervisor.pidfd import host_boot_id, kill_now
+from services.hypervisor.probe import Prober
+from services.hypervisor.qemu import QemuDriver
+from services.hypervisor.states import BoxState
+from services.hypervisor.watch import Watchers
+
+log = logging.getLogger(__name__)
+
+DEFAULT_START_SECONDS = 120.0
+STOPPED_BY_CALLER = "stopped on request"
+
+
+@dataclass(slots=True)
+class _Creation:
+    """A start under way, and how many callers wait for it."""
+
+    task: asyncio.Task[None]
+    waiters: int = 0
+
+
+class Registry:
+    """The boxes. An async context manager: entering adopts or buries what an earlier service left.
+
+    Leaving it lets the boxes run on; the next service, or `reap`, finds them.
+    """
+
+    def __init__(
+        self, layout: Layout, prober: Prober, machine_user: MachineUser, *, memory_overcommit: float
+    ) -> None:
+        self._layout = layout
+        self._prober = prober
+        self._machine_user = machine_user
+        self._overcommit = memory_overcommit
+        self._boxes: dict[str, Box] = {}
+        self._creations: dict[str, _Creation] = {}
+        self.watchers = Watchers()
+
+    async def __aenter__(self) -> Registry:
+        self._layout.make()
+        await asyncio.to_thread(self._layout.empty_trash)
+        found = [await asyncio.to_thread(self._read, box_id) for box_id in self._layout.box_ids()]
+        records = sorted((each for each in found if each is not None), key=lambda each: each.create_time)
+        for each in records:
+            self._boxes[each.id] = Box(each, self._layout.box(each.id), self.watchers.changed)
+        async with asyncio.TaskGroup() as group:
+            for box in self._boxes.values():
+                if box.record.state.alive:
+                    group.create_task(self._take_up(box))
+        return self
+
+    def _read(self, box_id: str) -> BoxRecord | None:
+        """The record of a box that had come up; what had not is removed. Blocks."""
+        try:
+            found = record.load(self._layout.box(box_id))
+        except (OSError, VoidboxError) as error:
+            log.warning("box %s cannot be read and is removed: %s", box_id, error)
+            self._layout.remove(box_id)
+            return None
+        if found.state is BoxState.STARTING:
+            log.warning("box %s had not come up when the service ended; it is removed", box_id)
+            if found.host_boot_id == host_boot_id() and found.shim_pid:
+                kill_now(found.shim_pid, found.shim_start)
+            self._layout.remove(box_id)
+            return None
+        return found
+
+    async def _take_up(self, box: Box) -> None:
+        driver = QemuDriver()
+        if box.record.host_boot_id != host_boot_id():
+            await box.bury(driver, "the host has restarted")
+            return
+        try:
+            if box.record.state is BoxState.STOPPING:
+                raise Internal("it was being stopped")
+            await box.adopt(driver)
+            log.info("box %s goes on", box.id)
+        except VoidboxError as error:
+            log.warning("box %s is not taken up: %s", box.id, error.message)
+            if box.record.shim_pid:
+                await asyncio.to_thread(kill_now, box.record.shim_pid, box.record.shim_start)
+            await box.bury(driver, f"it was lost while the hypervisor was down: {error.message}")
+
+    async def __aexit__(self, *_: object) -> None:
+        for creation in list(self._creations.values()):
+            creation.task.cancel()
+        await asyncio.gather(*(each.task for each in self._creations.values()), return_exceptions=True)
+        for box in self._boxes.values():
+            await box.let_go()
+
+    # Reading
+
+    def get(self, box_id: str) -> Box:
+        """The box with this id.
+
+        Raises:
+            NotFound: there is none.
+        """
+        box = self._boxes.get(check_box_id(box_id))
+        if box is None:
+            raise NotFound(f"there is no box {box_id!r}", reason="BOX_NOT_FOUND", box=box_id)
+        return box
+
+    def records(self, labels: Mapping[str, str]) -> list[BoxRecord]:
+        """The boxes that have all of `labels`, oldest first."""
+        return [
+            box.record
+            for box in self._boxes.values()
+            if labels.items() <= dict(box.record.config.labels).items()
+        ]
+
+    def room(self) -> tuple[Host, admission.Room]:
+        """The host and the room left on it."""
+        host = Host.measure()
+        living = [(box.record, box.resident_mib()) for box in self._boxes.values() if box.record.state.alive]
+        return host, admission.room(host, living, self._overcommit)
+
+    # Changing
+
+    async def create(self, box_id: str, config: BoxConfig, start_seconds: float) -> BoxRecord:
+        """Start a box and wait until its agent answers. Idempotent by id.
+
+        Several callers may wait for one start; when the last of them goes away, it is undone.
+
+        Raises:
+            AlreadyExists: the id belongs to a box of another configuration.
+            InvalidInput: the configuration is wrong.
+            Exhausted: the host has no room.
+            VoidboxError: it did not come up; nothing of it is left.
+        """
+        box_id = check_box_id(box_id) if box_id else f"box-{secrets.token_hex(5)}"
+        existing = self._boxes.get(box_id)
+        if existing is None:
+            creation = self._admit(box_id, config, start_seconds)
+        elif existing.record.config != config:
+            raise AlreadyExists(
+                f"box {box_id} exists with another configuration; choose another id or delete it first",
+                reason="BOX_EXISTS",
+                box=box_id,
+            )
+        elif box_id in self._creations:
+            creation = self._creations[box_id]
+        else:
+            return existing.record
+        box = self._boxes[box_id]
+        await self._join(creation)
+        return box.record
+
+    def _admit(self, box_id: str, config: BoxConfig, start_seconds: float) -> _Creation:
+        """Reserve the id and the memory; no other call comes between check and reservation."""
+        prepare.check_config(config)
+        host, left = self.room()
+        admission.check_resources(config.resources, host)
+        admission.check_room(config.resources, host, left, self._overcommit)
+        admission.check_disk(self._layout.boxes)
+        taken = {box.record.cid for box in self._boxes.values()}
+        fresh = BoxRecord(
+            id=box_id,
+            config=config,
+            create_time=time.time(),
+            cid=prepare.choose_cid(taken),
+            host_boot_id=host_boot_id(),
+        )
+        box = Box(fresh, self._layout.box(box_id), self.watchers.changed)
+        task = asyncio.create_task(self._create(box, start_seconds), name=f"create {box_id}")
+        self._boxes[box_id] = box
+        self._creations[box_id] = creation = _Creation(task)
+        task.add_done_callback(lambda _: self._creations.pop(box_id, None))
+        return creation
+
+    async def _join(self, creation: _Creation) -> None:
+        creation.waiters += 1
+        try:
+            await asyncio.shield(creation.task)
+        except asyncio.CancelledError:
+            if creation.task.cancelled():
+                raise Cancelled("the box was stopped while it was starting", reason="BOX_STOPPED") from None
+            if creation.waiters == 1:
+                creation.task.cancel()
+                await asyncio.gather(creation.task, return_exceptions=True)
+            raise
+        finally:
+            creation.waiters -= 1
+
+    async def _create(self, box: Box, start_seconds: float) -> None:
+        try:
+            await self._start(box, start_seconds)
+        except BaseException as error:
+            await box.destroy()
+            await asyncio.to_thread(self._layout.remove, box.id)
+            del self._boxes[box.id]
+            self.watchers.deleted(box.record)
+            if isinstance(error, OSError):
+                raise record.full_disk(error, self._layout.boxes) from error
+            raise
+
+    async def _start(self, box: Box, start_seconds: float) -> None:
+        phases = Phases()
+        config = box.record.config
+        found = await self._prober.programs()
+        accelerator = await self._prober.accelerator(config.kernel_path, config.accelerator)
+        transport = self._prober.transport()
+        self._layout.make()
+        box.directory.mkdir(mode=0o700)
+        box.begin(accelerator=accelerator, transport=transport)
+        with contextlib.ExitStack() as stack:
+            plan, user = await prepare.prepare(
+                box.id,
+                config,
+                box.directory,
+                programs=found,
+                accelerator=accelerator,
+                transport=transport,
+                cid=box.record.cid,
+                fallback=self._machine_user,
+                stack=stack,
+            )
+            identity = Identity(
+                box_id=box.id,
+                hostname=config.hostname or box.id,
+                user=user,
+                root_serial=prepare.ROOT_SERIAL if config.root_disk else "",
+                root_writable=bool(config.root_disk and config.root_disk.writable),
+                env=config.env,
+            )
+            phases.add("prepare")
+            await box.start(QemuDriver(found), plan, identity, start_seconds, phases)
+
+    async def stop(self, box_id: str, grace: float = DEFAULT_STOP_GRACE) -> BoxRecord:
+        """End a box. Idempotent.
+
+        Raises:
+            NotFound: there is no such box.
+        """
+        box = self.get(box_id)
+        if not await self._abandon(box):
+            await box.stop(grace, STOPPED_BY_CALLER)
+        return box.record
+
+    async def _abandon(self, box: Box) -> bool:
+        """Undo a start that is under way; whether there was one."""
+        creation = self._creations.get(box.id)
+        if creation is None or self._boxes.get(box.id) is not box:
+            return False
+        creation.task.cancel()
+        await asyncio.gather(creation.task, return_exceptions=True)
+        return box.id not in self._boxes
+
+    async def delete(self, box_id: str, *, force: bool) -> None:
+        """Remove a box with all its files, ending it first. Idempotent.
+
+        Raises:
+            Unavailable: its processes do not end.
+        """
+        box = self._boxes.get(check_box_id(box_id))
+        if box is None or await self._abandon(box):
+            return
+        await box.stop(0.0 if force else DEFAULT_STOP_GRACE, STOPPED_BY_CALLER)
+        if self._boxes.get(box_id) is not box:  # another caller was faster
+            return
+        await box.let_go()
+        await asyncio.to_thread(self._layout.remove, box_id)
+        if self._boxes.get(box_id) is box:
+            del self._boxes[box_id]
+            self.watchers.deleted(box.record)
+
+    def watch(self, box_id: str) -> AsyncIterator[tuple[BoxRecord, bool]]:
+        """Yield (box, whether it was deleted): the present boxes, then each change.
+
+        Raises:
+            NotFound: one box is asked for, and there is none of that id.
+        """
+        present: Iterable[Box] = [self.get(box_id)] if box_id else self._boxes.values()
+        return self.watchers.follow([box.record for box in present], box_id)
+
+
+def reap(state: Path) -> list[str]:
+    """End and remove all boxes below a state directory that no service holds. Blocks.
+
+    Returns:
+        The ids of the boxes that still had processes.
+
+    Raises:
+        WrongState: a service holds them.
+        Internal: processes do not end.
+    """
+    layout = Layout(state)
+    killed: list[str] = []
+    if not layout.root.exists():
+        return killed
+    with layout.locked():
+        for box_id in layout.box_ids():
+            with contextlib.suppress(OSError, VoidboxError):
+                found = record.load(layout.box(box_id))
+                if found.shim_pid and found.host_boot_id == host_boot_id() and found.state.alive:
+                    if not kill_now(found.shim_pid, found.shim_start):
+                        raise Internal(f"box {box_id}: process {found.shim_pid} does not end", reason="STUCK")
+                    killed.append(box_id)
+            layout.remove(box_id)
+        layout.empty_trash()
+    return killed
