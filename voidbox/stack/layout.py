@@ -17,12 +17,12 @@ SERVICES = ("imager", "hypervisor", "orchestrator")
 # What the services may see of the environment of the client that started them. Everything
 # else, API keys above all, stays with that client.
 _PASSED_PREFIXES = ("VOIDBOX_", "VOID_BOX_", "XDG_", "OTEL_", "LC_")
-_PASSED = frozenset(
-    ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "PYTHONPATH", "DOCKER_CONFIG", "REGISTRY_AUTH_FILE")
-    + ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-    + ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
-    + ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "GRPC_VERBOSITY", "GRPC_TRACE")
-)
+_PASSED = frozenset({
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "PYTHONPATH", "DOCKER_CONFIG", "REGISTRY_AUTH_FILE",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
+    "http_proxy", "https_proxy", "no_proxy", "all_proxy", "GRPC_VERBOSITY", "GRPC_TRACE",
+})  # fmt: skip
 # Belong to clients: where they find a stack, and how it lets them in.
 _HELD_BACK = frozenset(("VOIDBOX_ADDRESS", "VOIDBOX_TOKEN_FILE"))
 

@@ -1,0 +1,210 @@
+"""`voidbox image …`: the image cache of the stack's host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from google.protobuf.json_format import MessageToDict
+
+from voidbox.cli.connection import Context
+from voidbox.cli.exitcode import ExitCode
+from voidbox.cli.screen import Screen, safe, size, table
+from voidbox.client import CALL_SECONDS, Client, rpc_errors
+from voidbox.imager.v1 import imager_pb2 as pb
+
+_POLICIES = {
+    "always": pb.PULL_POLICY_ALWAYS,
+    "missing": pb.PULL_POLICY_MISSING,
+    "never": pb.PULL_POLICY_NEVER,
+}
+_KERNELS = {"debian": pb.KERNEL_FLAVOR_DEBIAN, "slim": pb.KERNEL_FLAVOR_SLIM}
+_LOCAL = ("oci:", "oci-archive:", "docker-archive:")
+
+
+def image_command(context: Context) -> int:
+    """One of the image commands."""
+    commands = {
+        "pull": _pull,
+        "ls": _list,
+        "inspect": _inspect,
+        "rm": _remove,
+        "prune": _prune,
+        "build-guest": _build_guest,
+    }
+    stack = context.stack()
+
+    async def run() -> None:
+        async with stack.connect() as client:
+            await commands[context.args.image_command](context, client)
+
+    asyncio.run(run())
+    return ExitCode.OK
+
+
+def local_reference(reference: str) -> str:
+    """A reference to a file of this host with an absolute path: the imager has another directory."""
+    for scheme in _LOCAL:
+        if reference.startswith(scheme):
+            return scheme + os.path.join(Path.cwd(), reference.removeprefix(scheme))
+    return reference
+
+
+async def _pull(context: Context, client: Client) -> None:
+    request = pb.PullImageRequest(
+        reference=local_reference(context.args.reference),
+        policy=_POLICIES[context.args.policy],
+        insecure=context.args.insecure,
+    )
+    image = await _follow(context.screen, _messages(client.imager.PullImage(request)), "image")
+    context.screen.result(f"{image.reference} {image.digest.value}", _plain(image))
+
+
+async def _build_guest(context: Context, client: Client) -> None:
+    request = pb.BuildGuestImageRequest(
+        kernel=_KERNELS[context.args.kernel], make_default=not context.args.no_default
+    )
+    image = await _follow(context.screen, _messages(client.imager.BuildGuestImage(request)), "guest_image")
+    context.screen.result(
+        f"guest image {image.digest.value} with kernel {image.kernel_version}\n"
+        f"{image.kernel_path}\n{image.initramfs_path}",
+        _plain(image),
+    )
+
+
+async def _list(context: Context, client: Client) -> None:
+    images: list[pb.Image] = []
+    token = ""
+    while True:
+        request = pb.ListImagesRequest(page_token=token)
+        page = await client.call(partial(client.imager.ListImages, request, timeout=CALL_SECONDS))
+        images += page.images
+        token = page.next_page_token
+        if not token:
+            break
+    rows = [
+        (
+            image.reference,
+            image.digest.value.removeprefix("sha256:")[:12],
+            f"{image.platform.os}/{image.platform.architecture}",
+            size(image.size_bytes),
+            image.pull_time.ToDatetime().strftime("%Y-%m-%d %H:%M"),
+        )
+        for image in images
+    ]
+    context.screen.result(
+        table(("REFERENCE", "DIGEST", "PLATFORM", "SIZE", "PULLED"), rows, right=(3,)),
+        [_plain(image) for image in images],
+    )
+
+
+async def _inspect(context: Context, client: Client) -> None:
+    image = await client.get_image(local_reference(context.args.reference))
+    if context.screen.json:
+        context.screen.data(_plain(image))
+        return
+    import yaml
+
+    context.screen.result(yaml.safe_dump(_plain(image), sort_keys=False, allow_unicode=True).rstrip(), None)
+
+
+async def _remove(context: Context, client: Client) -> None:
+    freed = 0
+    for reference in context.args.references:
+        request = pb.DeleteImageRequest(reference=local_reference(reference))
+        with rpc_errors():
+            freed += (await client.imager.DeleteImage(request, timeout=CALL_SECONDS)).freed_bytes
+    context.screen.result(f"freed {size(freed)}", {"freed_bytes": freed})
+
+
+async def _prune(context: Context, client: Client) -> None:
+    request = pb.PruneImagesRequest(max_size_bytes=(context.args.max_size_mb or 0) * 1024 * 1024)
+    if context.args.older_than:
+        request.older_than.FromNanoseconds(int(context.args.older_than * 1e9))
+    with rpc_errors():
+        response = await client.imager.PruneImages(request, timeout=300)
+    context.screen.result(
+        "\n".join([*response.references, f"freed {size(response.freed_bytes)}"]),
+        {"references": list(response.references), "freed_bytes": response.freed_bytes},
+    )
+
+
+async def _messages(call: Any) -> AsyncIterator[Any]:
+    try:
+        with rpc_errors():
+            async for message in call:
+                yield message
+    finally:
+        call.cancel()
+
+
+async def _follow(screen: Screen, messages: AsyncIterator[Any], wanted: str) -> Any:
+    """Show progress until the message with the result comes."""
+    with Bars(screen) as bars:
+        async for message in messages:
+            kind = message.WhichOneof("result")
+            if kind == wanted:
+                return getattr(message, kind)
+            bars.show(message.progress)
+    raise AssertionError("the stream ended without a result and without an error")
+
+
+class Bars:
+    """A bar per piece of work on a terminal, a line per piece elsewhere."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._tasks: dict[tuple[str, str], Any] = {}
+        self._progress: Any = None
+        if screen.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=30),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+
+    def show(self, progress: pb.Progress) -> None:
+        """Show how far a piece of work is."""
+        key = (progress.subject, progress.action)
+        subject = (
+            progress.subject.removeprefix("sha256:")[:12]
+            if "sha256:" in progress.subject
+            else progress.subject
+        )
+        text = safe(f"{progress.action} {subject}".strip())
+        if self._progress is None:
+            if key not in self._tasks:
+                self._tasks[key] = None
+                amount = f" ({size(progress.total)})" if progress.unit == "bytes" and progress.total else ""
+                self._screen.note(f"{text}{amount}")
+            return
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(text, total=progress.total or None)
+        self._progress.update(self._tasks[key], completed=progress.done, total=progress.total or None)
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _plain(message: Any) -> Any:
+    return MessageToDict(message, preserving_proto_field_name=True)

@@ -1,0 +1,270 @@
+"""The command line: commands, options, and what is said about wrong ones.
+
+Standard library only: `voidbox --help` must not wait for gRPC to be imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from voidbox.cli.exitcode import ExitCode
+
+EPILOG = """\
+exit codes: 0 every stage succeeded, 1 a program or agent failed, 2 wrong usage, 3 wrong spec or input,
+4 a box, image or service failed, 5 timeout, 6 cancelled, 7 resources used up, 130 Ctrl-C.
+`voidbox exec` exits with its program's code; 124 to 127 are those of timeout and docker."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that suggests what was meant, in one line."""
+
+    def __init__(self, **options: object) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options, allow_abbrev=False)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Print the fault and the cure; exit with `ExitCode.USAGE`."""
+        if message.startswith("the following arguments are required: "):
+            message = "missing " + message.partition(": ")[2]
+        fail(f"{message} (see: {self.prog} --help)", argv=sys.argv[1:])
+
+
+def fail(message: str, *, argv: Sequence[str] = ()) -> NoReturn:
+    """Report wrong usage in the format that the command line asks for, and exit."""
+    if ("json" in argv and "--output" in argv) or "--output=json" in argv:
+        import json
+
+        error = {"code": "USAGE", "reason": "USAGE", "message": message, "exit_code": int(ExitCode.USAGE)}
+        print(json.dumps({"error": error}), file=sys.stderr)
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(ExitCode.USAGE)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line; exits for help and for wrong usage."""
+    parser, commands = build()
+    _check_command(argv, commands)
+    args, extra = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.print_help()
+        sys.exit(ExitCode.USAGE)
+    if extra:
+        current = commands[args.command]
+        nested = getattr(args, "image_command", None)
+        if nested:
+            current = _subparsers(current)[nested]
+        known = [option for action in current._actions for option in action.option_strings]
+        wrong = extra[0].partition("=")[0]
+        hint = difflib.get_close_matches(wrong, known, n=1) if wrong.startswith("-") else []
+        what = "unknown option" if wrong.startswith("-") else "unexpected argument"
+        cure = f"; did you mean {hint[0]}?" if hint else f" (see: {current.prog} --help)"
+        fail(f"{what} {wrong!r} for {current.prog}{cure}", argv=argv)
+    return args
+
+
+def _check_command(argv: Sequence[str], commands: dict[str, Parser]) -> None:
+    """Say which command was meant, before argparse lists all of them."""
+    values = {"--output", "--address", "--log-level", "--log-dir"}
+    words = iter(argv)
+    for word in words:
+        if word in values:
+            next(words, None)
+        elif not word.startswith("-"):
+            _suggest("command", word, list(commands), argv)
+            if word == "image":
+                nested = next((name for name in words if not name.startswith("-")), None)
+                if nested is not None:
+                    _suggest("image command", nested, list(_subparsers(commands["image"])), argv)
+            return
+
+
+def _suggest(what: str, word: str, known: list[str], argv: Sequence[str]) -> None:
+    if word not in known:
+        hint = difflib.get_close_matches(word, known, n=1)
+        cure = f"did you mean {hint[0]!r}?" if hint else f"known: {', '.join(known)}"
+        fail(f"unknown {what} {word!r}; {cure}", argv=argv)
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, Parser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def _common(*, top: bool) -> Parser:
+    """Options that are accepted before and after the command."""
+    default = None if top else argparse.SUPPRESS
+    common = Parser(add_help=False)
+    group = common.add_argument_group("common options")
+    group.add_argument(
+        "--output", choices=("human", "json"), default=default, help="format of what is printed"
+    )
+    group.add_argument(
+        "--address",
+        default=default,
+        metavar="ADDR",
+        help="stack to use instead of the embedded one: unix:/path or tcp://host:port (VOIDBOX_ADDRESS; "
+        "token in the file VOIDBOX_TOKEN_FILE)",
+    )
+    group.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default=default,
+        help="least level of log records on stderr (VOIDBOX_LOG_LEVEL)",
+    )
+    flag = {"action": "store_true", "default": False if top else argparse.SUPPRESS}
+    group.add_argument("--no-banner", help="accepted for compatibility; there is no banner", **flag)  # type: ignore[arg-type]
+    group.add_argument("--no-color", help="no colours and no live progress (NO_COLOR)", **flag)  # type: ignore[arg-type]
+    return common
+
+
+def build() -> tuple[Parser, dict[str, Parser]]:
+    """The parser and those of its commands."""
+    import voidbox
+
+    parser = Parser(
+        prog="voidbox",
+        description="Run agents and programs, every pipeline stage in its own micro-VM.",
+        epilog=EPILOG,
+        parents=[_common(top=True)],
+    )
+    parser.add_argument("--version", action="version", version=f"voidbox {voidbox.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    shared = [_common(top=False)]
+
+    def add(name: str, text: str) -> Parser:
+        return commands.add_parser(name, help=text, description=text, parents=shared)
+
+    def add_spec(command: Parser, text: str) -> None:
+        command.add_argument("spec", nargs="?", metavar="SPEC", help=text)
+        command.add_argument("--file", "-f", metavar="SPEC", help="the same, as an option")
+
+    run = add("run", "Run a spec and follow it to its end.")
+    add_spec(run, "spec file (.yaml, .yml or .json)")
+    run.add_argument(
+        "--input", metavar="TEXT|@FILE", help="input of the first stages; @- reads standard input"
+    )
+    run.add_argument("--run-id", "--name", metavar="ID", help="id of the run: [a-z][a-z0-9-]*, at most 63")
+    run.add_argument("--detach", "-d", action="store_true", help="print the run's id and leave it running")
+    run.add_argument("--timeout", type=_seconds, metavar="S", help="limit of the whole run in seconds")
+    run.add_argument("--max-parallel", type=_positive, metavar="N", help="boxes at once")
+    validate = add("validate", "Check a spec without running it.")
+    add_spec(validate, "spec file")
+    inspect = add("inspect", "Show a spec with its defaults, or a run with its stages.")
+    add_spec(inspect, "spec file or run id")
+    _add_exec(add("exec", "Run a program in a fresh box, or in a running one."))
+    copy = add("cp", "Copy a file or directory into or out of a box.")
+    copy.add_argument("source", metavar="SOURCE", help="LOCAL or BOX:PATH; BOX is a box id, RUN or RUN/STAGE")
+    copy.add_argument("target", metavar="TARGET", help="BOX:PATH or LOCAL")
+    ps = add("ps", "List runs.")
+    ps.add_argument("-a", "--all", action="store_true", help="also those that have ended")
+    logs = add("logs", "Print what the programs of a run have printed.")
+    logs.add_argument("run", metavar="RUN", help="run id")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+    logs.add_argument("--stage", metavar="NAME", help="only this stage")
+    logs.add_argument("--from-offset", type=_count, default=0, metavar="N", help="first event")
+    stop = add("stop", "Stop runs and wait for their boxes to end.")
+    stop.add_argument("runs", nargs="+", metavar="RUN", help="run id")
+    remove = add("rm", "Remove ended runs with their events and artifacts.")
+    remove.add_argument("runs", nargs="+", metavar="RUN", help="run id")
+    remove.add_argument("-f", "--force", action="store_true", help="stop running ones; ignore unknown ones")
+    _add_image(add("image", "Manage images and the guest image."), shared)
+    add("doctor", "Check whether this host can run boxes, and say what to do if not.")
+    add("up", "Start the embedded stack and wait until it answers.")
+    down = add("down", "Stop the embedded stack and everything that belongs to it.")
+    down.add_argument("--force", action="store_true", help="kill instead of stopping runs in order")
+    add("status", "Show the stack: services, host, boxes and runs.")
+    add("version", "Print the version.")
+    completion = add("completion", "Print a completion script for a shell.")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
+    return parser, dict(commands.choices)
+
+
+def _add_exec(command: Parser) -> None:
+    command.usage = "voidbox exec [options] [--] PROGRAM [ARGS...]"
+    command.add_argument("--image", metavar="REF", help="OCI image whose files are the box's root")
+    command.add_argument("--memory-mb", type=_positive, metavar="N", help="memory of the box (1024)")
+    command.add_argument("--vcpus", type=_positive, metavar="N", help="processors of the box (1)")
+    command.add_argument(
+        "--env", "-e", action="append", default=[], metavar="K=V", help="environment; K copies ours"
+    )
+    command.add_argument(
+        "--mount",
+        "-v",
+        action="append",
+        default=[],
+        metavar="HOST:GUEST[:ro|rw]",
+        help="share a host directory",
+    )
+    command.add_argument("--user", "-u", metavar="U", help="user of the program: name or uid[:gid]")
+    command.add_argument("--workdir", "-w", metavar="DIR", help="working directory of the program")
+    command.add_argument(
+        "--timeout", type=_seconds, metavar="S", help="kill the program after S seconds (exit 124)"
+    )
+    command.add_argument("--tty", "-t", action="store_true", help="give the program a terminal")
+    command.add_argument(
+        "--interactive", "-i", action="store_true", help="send standard input (as when piped)"
+    )
+    command.add_argument("--in", dest="target", metavar="BOX", help="a running box: box id, RUN or RUN/STAGE")
+    command.add_argument("--keep", action="store_true", help="leave the box running afterwards")
+    command.add_argument("argv", nargs=argparse.REMAINDER, metavar="PROGRAM", help="program and arguments")
+
+
+def _add_image(image: Parser, shared: list[Parser]) -> None:
+    commands = image.add_subparsers(
+        dest="image_command", metavar="COMMAND", required=True, parser_class=Parser
+    )
+
+    def add(name: str, text: str) -> Parser:
+        return commands.add_parser(name, help=text, description=text, parents=shared)
+
+    pull = add("pull", "Bring an image into the cache.")
+    pull.add_argument(
+        "reference", metavar="REF", help="docker:// or bare reference, oci:DIR[:TAG], oci-archive:FILE"
+    )
+    pull.add_argument("--insecure", action="store_true", help="allow plain HTTP")
+    pull.add_argument(
+        "--policy", choices=("always", "missing", "never"), default="always", help="when to ask"
+    )
+    add("ls", "List cached images.")
+    inspect = add("inspect", "Show a cached image.")
+    inspect.add_argument("reference", metavar="REF", help="reference or digest")
+    remove = add("rm", "Remove cached images.")
+    remove.add_argument("references", nargs="+", metavar="REF", help="reference or digest")
+    prune = add("prune", "Remove images that are not used.")
+    prune.add_argument("--older-than", type=_seconds, metavar="S", help="not used for this many seconds")
+    prune.add_argument(
+        "--max-size-mb", type=_count, metavar="N", help="remove the oldest until the cache fits"
+    )
+    build = add("build-guest", "Build the kernel and initramfs that boxes boot.")
+    build.add_argument("--kernel", choices=("debian", "slim"), default="debian", help="which kernel")
+    build.add_argument("--no-default", action="store_true", help="do not make it the default")
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
