@@ -93,12 +93,13 @@ class Ext4Writer:
         self._next = first + blocks
         return first
 
-    def finish(self, tree: Tree, size_bytes: int | None = None) -> ImageSize:
+    def finish(self, tree: Tree, *, size_bytes: int | None = None, free_bytes: int = 0) -> ImageSize:
         """Write all metadata of `tree`, which must not change afterwards.
 
         Args:
             tree: What the image holds; `lost+found` is added.
-            size_bytes: Length of the image; the smallest possible if None.
+            size_bytes: Length of the image; None to let the contents and `free_bytes` decide.
+            free_bytes: Room to leave for what will be written later.
 
         Raises:
             InvalidInput: `size_bytes` is too small, or the tree holds what ext4 cannot.
@@ -113,9 +114,13 @@ class Ext4Writer:
         for node, _ in nodes:
             table.put(node, self, indexed=node.number in indexed)
         geometry = plan_geometry(
-            data_end=self._next, used_inodes=used_inodes, size_bytes=size_bytes, uuid=self._uuid,
+            data_end=self._next,
+            used_inodes=used_inodes,
+            size_bytes=size_bytes,
+            free_bytes=free_bytes,
+            uuid=self._uuid,
             hash_seed=self._hash_seed,
-        )  # fmt: skip
+        )
         groups = GroupTables(
             geometry,
             start=self._next,

@@ -24,9 +24,15 @@ SPARE_INODES: Final = 1024
 DEFAULT_GROUP_INODES: Final = 8192  # one for 16 KiB, as mke2fs does
 
 
-def plan_geometry(*, data_end: int, used_inodes: int, size_bytes: int | None, uuid: bytes,
+def plan_geometry(*, data_end: int, used_inodes: int, size_bytes: int | None, free_bytes: int, uuid: bytes,
                   hash_seed: bytes) -> Geometry:  # fmt: skip
     """The smallest file system that holds everything and is as large as asked; nothing counted as free yet.
+
+    Args:
+        data_end: The block after all that is not part of a group's tables.
+        used_inodes: Number of the last inode in use.
+        size_bytes: Length asked for; as small as possible if None.
+        free_bytes: Room to leave, if `size_bytes` is None.
 
     Raises:
         InvalidInput: it cannot be as small, or as large, as asked.
@@ -38,6 +44,7 @@ def plan_geometry(*, data_end: int, used_inodes: int, size_bytes: int | None, uu
         share = -(-wanted // groups)
         per_group = max(DEFAULT_GROUP_INODES, -(-share // INODES_PER_BLOCK) * INODES_PER_BLOCK)
         end = data_end + groups * (2 + per_group // INODES_PER_BLOCK)
+        end += free_bytes // BLOCK if size_bytes is None else 0
         blocks = max(asked, end, (groups - 1) * GROUP_BLOCKS + 1)
         if -(-blocks // GROUP_BLOCKS) == groups:
             break

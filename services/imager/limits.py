@@ -33,7 +33,7 @@ class Limits:
     config_bytes: int = 8 * MIB
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Cancel:
     """Tells worker threads to stop, and wakes those that wait on a socket by closing it."""
 

@@ -1,0 +1,160 @@
+"""Checks cached content and removes what is no longer wanted; never the disk of a running box."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from services.common.errors import InvalidInput, WrongState
+from services.imager.cache import COLLECT_LOCK, in_use
+from services.imager.images import CachedImage, Catalog
+from services.imager.limits import Cancel
+
+
+class Housekeeper:
+    """Works on one catalog. Everything here blocks, and waits for pulls and builds under way."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._cache = catalog.cache
+
+    def verify(self, reference: str, cancel: Cancel | None = None) -> tuple[int, list[str]]:
+        """Read all content of an image: how many pieces, and which were damaged and so removed."""
+        cancel = cancel or Cancel()
+        damaged: list[str] = []
+        checked = 0
+        with self._cache.lock(COLLECT_LOCK, cancel, shared=True):
+            digests: set[str] = set()
+            for image in self._catalog.matching(reference):
+                digests |= {image.digest, image.manifest.config.digest}
+                digests |= {layer.digest for layer in image.layers}
+            for digest in sorted(digests):
+                checked += 1
+                path = self._cache.blob_path(digest)
+                if _file_digest(path, cancel) != digest:
+                    damaged.append(digest)
+                    path.unlink(missing_ok=True)
+        return checked, damaged
+
+    def delete(self, reference: str, cancel: Cancel | None = None) -> int:
+        """Remove all platforms of a reference, or all references of a digest; return the bytes freed.
+
+        Raises:
+            NotFound: it is not in the cache.
+            WrongState: a running box uses its disk.
+        """
+        cancel = cancel or Cancel()
+        with self._cache.lock(COLLECT_LOCK, cancel):
+            doomed = self._catalog.matching(reference)
+            kept = [image for image in self._catalog.list_images() if image not in doomed]
+            disks = self._disks_only_of(doomed, kept)
+            busy = next((path for path in disks if in_use(path)), None)
+            if busy is not None:
+                raise WrongState(
+                    f"{reference} is the disk of a running box; stop it first: voidbox ps",
+                    reason="IMAGE_IN_USE",
+                    path=busy,
+                )
+            for image in doomed:
+                self._catalog.forget(image)
+            return self._collect(kept)
+
+    def prune(
+        self,
+        *,
+        max_size_bytes: int = 0,
+        older_than_seconds: float | None = None,
+        cancel: Cancel | None = None,
+    ) -> tuple[list[str], int]:
+        """Remove images that nobody used for long, or the least recently used until the rest is small enough.
+
+        Without a limit nothing but unreferenced content goes. Images of running boxes stay.
+
+        Returns:
+            The references removed and the bytes freed.
+        """
+        if max_size_bytes < 0 or (older_than_seconds is not None and older_than_seconds < 0):
+            raise InvalidInput("a limit is negative", reason="BAD_LIMIT")
+        cancel = cancel or Cancel()
+        removed: list[str] = []
+        with self._cache.lock(COLLECT_LOCK, cancel):
+            kept = sorted(self._catalog.list_images(), key=lambda image: image.use_time)
+            freed = self._collect(kept)
+            now = time.time()
+            for image in list(kept):
+                old = older_than_seconds is not None and now - image.use_time > older_than_seconds
+                if not old and not (max_size_bytes and self._total() > max_size_bytes):
+                    continue
+                rest = [other for other in kept if other is not image]
+                if any(in_use(path) for path in self._disks_only_of([image], rest)):
+                    continue
+                self._catalog.forget(image)
+                removed.append(image.reference)
+                kept = rest
+                freed += self._collect(kept)
+        return removed, freed
+
+    def _disks_only_of(self, doomed: list[CachedImage], kept: list[CachedImage]) -> list[Path]:
+        chains = {image.config.diff_ids for image in doomed} - {image.config.diff_ids for image in kept}
+        found = []
+        for key in self._cache.record_keys("disks"):
+            record = self._cache.read_record("disks", key) or {}
+            if tuple(record.get("diff_ids", ())) in chains:
+                found.append(self._cache.root / "disks" / f"{key}.ext4")
+        return found
+
+    def _collect(self, kept: list[CachedImage]) -> int:
+        """Remove blobs and disks that no kept image needs; return the bytes freed."""
+        needed = {digest for image in kept for digest in _digests(image)}
+        freed = 0
+        for path in (self._cache.root / "blobs/sha256").iterdir():
+            if f"sha256:{path.name}" not in needed:
+                freed += _remove(path)
+        for path in (self._cache.root / "locks").glob("*-*"):
+            path.unlink(missing_ok=True)  # nobody holds it: each holder of one holds the collect lock too
+        chains = {image.config.diff_ids for image in kept}
+        for path in (self._cache.root / "disks").glob("*.ext4"):
+            record = self._cache.read_record("disks", path.stem) or {}
+            if tuple(record.get("diff_ids", ())) not in chains and not in_use(path):
+                freed += _remove(path) + _remove(path.with_suffix(".json"))
+        return freed
+
+    def _total(self) -> int:
+        """Bytes that blobs and disks occupy."""
+        total = 0
+        for directory in ("blobs/sha256", "disks"):
+            for path in (self._cache.root / directory).iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    total += path.stat().st_blocks * 512
+        return total
+
+
+def _digests(image: CachedImage) -> Iterator[str]:
+    yield image.digest
+    yield image.manifest.config.digest
+    for layer in image.manifest.layers:
+        yield layer.digest
+
+
+def _remove(path: Path) -> int:
+    try:
+        size = path.stat().st_blocks * 512
+        path.unlink()
+    except FileNotFoundError:
+        return 0
+    return size
+
+
+def _file_digest(path: Path, cancel: Cancel) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while data := file.read(1 << 20):
+                cancel.check()
+                digest.update(data)
+    except FileNotFoundError:
+        return ""
+    return f"sha256:{digest.hexdigest()}"

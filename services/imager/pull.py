@@ -1,0 +1,174 @@
+"""Brings images into the cache, and makes their disks. Everything here blocks; use a thread."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
+from enum import Enum
+
+from services.common.errors import Cancelled, Corrupt, NotFound
+from services.imager.cache import COLLECT_LOCK, ImageCache, hex_part
+from services.imager.disk import DEFAULT_FREE_MIB, Disk, build_disk, disk_key, find_disk
+from services.imager.images import CachedImage, Catalog
+from services.imager.layout import LayoutSource, absolute
+from services.imager.limits import Cancel, Limits
+from services.imager.manifest import Descriptor, Platform, host_default
+from services.imager.progress import Progress, Report, silent
+from services.imager.reference import LayoutReference, Reference, parse_reference
+from services.imager.registry import RegistrySettings, RegistrySource
+from services.imager.sources import ResolvedImage, Source, resolve
+
+
+class PullPolicy(Enum):
+    """When the source is asked."""
+
+    ALWAYS = "always"
+    MISSING = "missing"
+    NEVER = "never"
+
+
+class ImageStore:
+    """Pulls into one cache."""
+
+    def __init__(self, cache: ImageCache, settings: RegistrySettings, limits: Limits | None = None) -> None:
+        self.cache = cache
+        self.catalog = Catalog(cache)
+        self._settings = settings
+        self._limits = limits or Limits()
+
+    def pull(
+        self,
+        reference: str,
+        *,
+        policy: PullPolicy = PullPolicy.MISSING,
+        platform: Platform | None = None,
+        insecure: bool = False,
+        cancel: Cancel | None = None,
+        report: Report = silent,
+    ) -> CachedImage:
+        """The image, complete in the cache.
+
+        A layout directory is asked unless the policy is NEVER: that costs nothing.
+
+        Raises:
+            InvalidInput: the reference, the platform or the image is malformed.
+            NotFound: there is no such image, or it is not cached and the policy is NEVER.
+            Unavailable: the registry does not answer.
+            Corrupt: content does not match its digest.
+            Exhausted: the disk is full; nothing partial is left.
+            Cancelled: the caller cancelled.
+        """
+        parsed = parse_reference(reference)
+        if isinstance(parsed, LayoutReference):
+            parsed = absolute(parsed)
+        wanted = platform or host_default()
+        cancel = cancel or Cancel()
+        inner = Cancel()  # also ended by the first layer that fails
+        cancel.on_cancel(inner.cancel)
+        try:
+            with self.cache.lock(COLLECT_LOCK, cancel, shared=True):
+                return self._pull(parsed, policy, wanted, insecure, inner, report)
+        finally:
+            cancel.forget(inner.cancel)
+
+    def _pull(
+        self,
+        parsed: Reference,
+        policy: PullPolicy,
+        wanted: Platform,
+        insecure: bool,
+        cancel: Cancel,
+        report: Report,
+    ) -> CachedImage:
+        ask = policy is PullPolicy.ALWAYS or (
+            isinstance(parsed, LayoutReference) and policy is not PullPolicy.NEVER
+        )
+        if not ask:
+            found = self.catalog.find(str(parsed), wanted)
+            if found is not None:
+                return found
+            if policy is PullPolicy.NEVER:
+                raise NotFound(
+                    f"{parsed} for {wanted} is not in the cache, and the pull policy is 'never'; "
+                    f"pull it first: voidbox image pull {parsed}",
+                    reason="IMAGE_NOT_CACHED",
+                    reference=parsed,
+                )
+        report(Progress(subject=str(parsed), action="resolve", done=0, total=1))
+        with self._open(parsed, insecure, cancel) as source:
+            resolved = resolve(source, wanted, str(parsed), self._limits)
+            report(Progress(subject=str(parsed), action="resolve", done=1, total=1))
+            self._fetch_layers(source, resolved, cancel, report)
+        self.cache.put_blob(resolved.manifest.config.digest, resolved.config_bytes)
+        self.cache.put_blob(resolved.digest, resolved.manifest_bytes)
+        self.catalog.remember(str(parsed), wanted, resolved.digest, time.time())
+        found = self.catalog.find(str(parsed), wanted)
+        if found is None:
+            raise Corrupt(
+                f"{parsed}: the cache lost content while it was pulled; pull again", reason="CACHE_LOST"
+            )
+        return found
+
+    def _open(self, parsed: Reference, insecure: bool, cancel: Cancel) -> AbstractContextManager[Source]:
+        if isinstance(parsed, LayoutReference):
+            return LayoutSource(parsed, self._limits, cancel)
+        return RegistrySource(
+            parsed, insecure=insecure, settings=self._settings, limits=self._limits, cancel=cancel
+        )
+
+    def _fetch_layers(self, source: Source, resolved: ResolvedImage, cancel: Cancel, report: Report) -> None:
+        """Download what is missing, several at once; the first error ends the others."""
+        missing = {
+            layer.digest: layer
+            for layer in resolved.manifest.layers
+            if not self.cache.has_blob(layer.digest, layer.size)
+        }
+        if not missing:
+            return
+        for layer in missing.values():
+            report(Progress(subject=layer.digest, action="download", done=0, total=layer.size, unit="bytes"))
+        with ThreadPoolExecutor(self._settings.parallel_layers, "layer-download") as pool:
+            jobs = [pool.submit(self._fetch, source, layer, cancel, report) for layer in missing.values()]
+            errors = []
+            for job in as_completed(jobs):
+                error = job.exception()
+                if error is not None:
+                    errors.append(error)
+                    cancel.cancel()
+        if errors:
+            raise next((error for error in errors if not isinstance(error, Cancelled)), errors[0])
+
+    def _fetch(self, source: Source, layer: Descriptor, cancel: Cancel, report: Report) -> None:
+        with self.cache.lock(f"blob-{hex_part(layer.digest)}", cancel):
+            if not self.cache.has_blob(layer.digest, layer.size):
+                with self.cache.writing(self.cache.blob_path(layer.digest)) as file:
+                    source.fetch(layer, file, lambda count: report(_downloaded(layer, count)))
+        report(_downloaded(layer, layer.size))
+
+    def disk(
+        self,
+        image: CachedImage,
+        *,
+        free_mib: int = DEFAULT_FREE_MIB,
+        cancel: Cancel | None = None,
+        report: Report = silent,
+    ) -> Disk:
+        """The read-only disk of `image`; built if it is not there. Errors as `build_disk`."""
+        cancel = cancel or Cancel()
+        with self.cache.lock(COLLECT_LOCK, cancel, shared=True):
+            found = find_disk(self.cache, disk_key(image.config.diff_ids, free_mib))
+            if found is not None:
+                return found
+            return build_disk(
+                self.cache,
+                image.layers,
+                free_mib=free_mib,
+                limits=self._limits,
+                cancel=cancel,
+                report=report,
+            )
+
+
+def _downloaded(layer: Descriptor, count: int) -> Progress:
+    return Progress(subject=layer.digest, action="download", done=count, total=layer.size, unit="bytes")

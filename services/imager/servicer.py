@@ -1,0 +1,211 @@
+"""`voidbox.imager.v1.ImagerService`: checks, converts, calls, converts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+from services.common.errors import InvalidInput, NotBuilt
+from services.imager import convert
+from services.imager.disk import Disk
+from services.imager.guest_choice import GuestChoice, Wish, choose_guest
+from services.imager.guest_image import build_guest_image
+from services.imager.images import CachedImage
+from services.imager.jobs import Jobs
+from services.imager.limits import Cancel
+from services.imager.progress import Progress, Report
+from services.imager.prune import Housekeeper
+from services.imager.pull import ImageStore
+from voidbox.imager.v1 import imager_pb2, imager_pb2_grpc
+
+Context = Any
+_CHUNK: Final = 64 << 10
+_MAX_PAGE: Final = 1000
+_DEFAULT_PAGE: Final = 100
+_TOKEN: Final = re.compile(r"[0-9]{1,9}")
+
+
+class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
+    """Serves one image cache.
+
+    Args:
+        store: The images.
+        jobs: Where blocking work runs.
+        cache: The cache directory, which also holds guest images.
+        environment: Kernel and initramfs of boxes whose spec names none.
+        build_env: Extra environment of the guest image's build (proxies, pip).
+    """
+
+    def __init__(
+        self, store: ImageStore, jobs: Jobs, *, cache: Path, environment: Wish, build_env: Mapping[str, str]
+    ) -> None:
+        self._store = store
+        self._keeper = Housekeeper(store.catalog)
+        self._jobs = jobs
+        self._cache = cache
+        self._environment = environment
+        self._build_env = dict(build_env)
+
+    def _pull(self, request: Any, report: Report, cancel: Cancel) -> CachedImage:
+        return self._store.pull(
+            request.reference,
+            policy=convert.policy_from(request.policy),
+            platform=convert.platform_from(request.platform),
+            insecure=request.insecure,
+            cancel=cancel,
+            report=report,
+        )
+
+    async def PullImage(
+        self, request: imager_pb2.PullImageRequest, context: Context
+    ) -> AsyncIterator[imager_pb2.PullImageResponse]:
+        work = self._jobs.stream(lambda report, cancel: self._pull(request, report, cancel))
+        async with contextlib.aclosing(work) as items:
+            async for item in items:
+                if isinstance(item, Progress):
+                    yield imager_pb2.PullImageResponse(progress=convert.progress_to(item))
+                else:
+                    yield imager_pb2.PullImageResponse(image=convert.image_to(item))
+
+    async def BuildDisk(
+        self, request: imager_pb2.BuildDiskRequest, context: Context
+    ) -> AsyncIterator[imager_pb2.BuildDiskResponse]:
+        free_mib = convert.free_mib_from(request.free_mib)
+
+        def build(report: Report, cancel: Cancel) -> tuple[Disk, CachedImage]:
+            image = self._pull(request, report, cancel)
+            return self._store.disk(image, free_mib=free_mib, cancel=cancel, report=report), image
+
+        async with contextlib.aclosing(self._jobs.stream(build)) as items:
+            async for item in items:
+                if isinstance(item, Progress):
+                    yield imager_pb2.BuildDiskResponse(progress=convert.progress_to(item))
+                else:
+                    yield imager_pb2.BuildDiskResponse(disk=convert.disk_to(*item))
+
+    async def GetImage(
+        self, request: imager_pb2.GetImageRequest, context: Context
+    ) -> imager_pb2.GetImageResponse:
+        image = await self._jobs.run(lambda _: self._store.catalog.get(request.reference))
+        return imager_pb2.GetImageResponse(image=convert.image_to(image))
+
+    async def ListImages(
+        self, request: imager_pb2.ListImagesRequest, context: Context
+    ) -> imager_pb2.ListImagesResponse:
+        if request.page_size < 0 or (request.page_token and not _TOKEN.fullmatch(request.page_token)):
+            raise InvalidInput("page_size is negative or page_token is none of ours", reason="BAD_PAGE")
+        size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
+        start = int(request.page_token or 0)
+        images = await self._jobs.run(lambda _: self._store.catalog.list_images())
+        more = start + size < len(images)
+        return imager_pb2.ListImagesResponse(
+            images=[convert.image_to(image) for image in images[start : start + size]],
+            next_page_token=str(start + size) if more else "",
+        )
+
+    async def DeleteImage(
+        self, request: imager_pb2.DeleteImageRequest, context: Context
+    ) -> imager_pb2.DeleteImageResponse:
+        freed = await self._jobs.run(lambda cancel: self._keeper.delete(request.reference, cancel))
+        return imager_pb2.DeleteImageResponse(freed_bytes=freed)
+
+    async def PruneImages(
+        self, request: imager_pb2.PruneImagesRequest, context: Context
+    ) -> imager_pb2.PruneImagesResponse:
+        older = convert.seconds_from(request.older_than) if request.HasField("older_than") else None
+        removed, freed = await self._jobs.run(
+            lambda cancel: self._keeper.prune(
+                max_size_bytes=request.max_size_bytes, older_than_seconds=older, cancel=cancel
+            )
+        )
+        return imager_pb2.PruneImagesResponse(references=removed, freed_bytes=freed)
+
+    async def VerifyImage(
+        self, request: imager_pb2.VerifyImageRequest, context: Context
+    ) -> imager_pb2.VerifyImageResponse:
+        checked, damaged = await self._jobs.run(lambda cancel: self._keeper.verify(request.reference, cancel))
+        return imager_pb2.VerifyImageResponse(checked=checked, damaged=damaged)
+
+    async def ExportImage(
+        self, request: imager_pb2.ExportImageRequest, context: Context
+    ) -> AsyncIterator[imager_pb2.ExportImageResponse]:
+        if request.format not in (
+            imager_pb2.EXPORT_FORMAT_EXT4,
+            imager_pb2.EXPORT_FORMAT_TAR,
+            imager_pb2.EXPORT_FORMAT_INITRAMFS,
+        ):
+            raise InvalidInput("name a format: ext4, tar or initramfs", reason="BAD_FORMAT")
+        if request.compression not in ("", "none", "gzip", "zstd", "lz4"):
+            raise InvalidInput(f"{request.compression!r} is no compression", reason="BAD_FORMAT")
+        if request.format != imager_pb2.EXPORT_FORMAT_EXT4 or request.compression not in ("", "none"):
+            raise NotBuilt("only uncompressed ext4 is exported in this version")
+
+        def build(cancel: Cancel) -> Any:
+            disk = self._store.disk(self._store.catalog.get(request.reference), cancel=cancel)
+            return disk.path.open("rb")
+
+        file = await self._jobs.run(build)
+        with file:
+            while data := await self._jobs.run(lambda _: cast("bytes", file.read(_CHUNK))):
+                yield imager_pb2.ExportImageResponse(data=data)
+
+    async def BuildGuestImage(
+        self, request: imager_pb2.BuildGuestImageRequest, context: Context
+    ) -> AsyncIterator[imager_pb2.BuildGuestImageResponse]:
+        slim = request.kernel == imager_pb2.KERNEL_FLAVOR_SLIM
+        queue: asyncio.Queue[Progress | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def report(progress: Progress) -> None:  # it comes from threads, too
+            loop.call_soon_threadsafe(queue.put_nowait, progress)
+
+        task = asyncio.create_task(
+            build_guest_image(
+                self._cache,
+                kernel="slim" if slim else "debian",
+                progress=report,
+                env=self._build_env,
+            )
+        )
+        task.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (item := await queue.get()) is not None:
+                yield imager_pb2.BuildGuestImageResponse(progress=convert.progress_to(item))
+            image = task.result()
+        finally:
+            task.cancel()
+        choice = GuestChoice(
+            kernel=image.kernel,
+            initramfs=image.initramfs,
+            digest=image.digest,
+            origin="image",
+            release=image.release,
+        )
+        yield imager_pb2.BuildGuestImageResponse(guest_image=convert.guest_to(choice))
+
+    async def ResolveGuestImage(
+        self, request: imager_pb2.ResolveGuestImageRequest, context: Context
+    ) -> imager_pb2.ResolveGuestImageResponse:
+        wish = Wish(kernel=request.kernel_path, initramfs=request.initramfs_path)
+        choice = await self._jobs.run(
+            lambda _: choose_guest(
+                self._cache, spec=wish, environment=self._environment, guest_image=request.guest_image
+            )
+        )
+        return imager_pb2.ResolveGuestImageResponse(guest_image=convert.guest_to(choice))
+
+    async def PushImage(
+        self, request: imager_pb2.PushImageRequest, context: Context
+    ) -> AsyncIterator[imager_pb2.PushImageResponse]:
+        raise NotBuilt("pushing images is not built in this version")
+        yield  # makes it a generator
+
+    async def BuildAgentImage(
+        self, request: imager_pb2.BuildAgentImageRequest, context: Context
+    ) -> AsyncIterator[imager_pb2.BuildAgentImageResponse]:
+        raise NotBuilt("disks of agents' binaries are not built in this version")
+        yield  # makes it a generator
