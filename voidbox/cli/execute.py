@@ -79,9 +79,9 @@ def _check(context: Context, argv: list[str]) -> None:
 
 
 def _code(error: VoidboxError) -> ExitCode:
-    if error.reason == "PROGRAM_NOT_FOUND":
+    if error.reason in ("PROGRAM_NOT_FOUND", "INTERPRETER_NOT_FOUND"):
         return ExitCode.EXEC_NOT_FOUND
-    if error.reason in ("NOT_EXECUTABLE", "PROGRAM_NOT_EXECUTABLE"):
+    if error.reason in ("NOT_EXECUTABLE", "EXEC_FORMAT"):
         return ExitCode.EXEC_NOT_EXECUTABLE
     return ExitCode.EXEC_FAILED
 
