@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import select
 import shutil
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from services.common.paths import Paths
 from services.hypervisor.shim_config import ExitRecord, ShimConfig
@@ -83,6 +85,8 @@ class Machine:
         self._share = "on" if share else "off"
         self._reboots = reboots
         self._append = append
+        self._monitor: io.BufferedRWPair | None = None
+        self._events: list[dict[str, Any]] = []
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Machine:
@@ -112,7 +116,8 @@ class Machine:
             *("-kernel", kernel, "-initrd", str(initramfs)),
             *("-append", f"console=ttyS0 quiet panic=-1 no_timer_check {self._append}"),
             *("-chardev", f"socket,id=vsock,path={self.directory}/vhost.sock"),
-            *("-device", "vhost-user-vsock-pci,chardev=vsock"),
+            *("-device", "pcie-root-port,id=rp0,chassis=1", "-device", "pcie-root-port,id=rp1,chassis=2"),
+            *("-device", "vhost-user-vsock-pci,id=vs0,chardev=vsock,bus=rp0"),
             *("-qmp", f"unix:{self.directory}/qmp.sock,server=on,wait=off"),
             *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         ]
@@ -182,6 +187,36 @@ class Machine:
             with contextlib.suppress(OSError):
                 texts.append(f"{path.name}: {path.read_text(errors='replace')[-3000:]}")
         return "\n".join(texts)
+
+    def qmp(self, command: str, **arguments: object) -> object:
+        """Run a QMP command and return its result."""
+        if self._monitor is None:
+            sock = self._stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.settimeout(30)
+            sock.connect(str(self.directory / "qmp.sock"))
+            self._monitor = self._stack.enter_context(sock.makefile("rwb"))
+            self._monitor.readline()
+            self.qmp("qmp_capabilities")
+        assert self._monitor is not None
+        self._monitor.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        self._monitor.flush()
+        while True:
+            answer = json.loads(self._monitor.readline())
+            if "event" in answer:
+                self._events.append(answer)
+                continue
+            assert "return" in answer, answer
+            return answer["return"]
+
+    def qmp_event(self, name: str, **data: object) -> None:
+        """Wait for an event with (at least) this data."""
+        assert self._monitor is not None
+        while True:
+            for event in self._events:
+                if event["event"] == name and data.items() <= event["data"].items():
+                    self._events.remove(event)
+                    return
+            self._events.append(json.loads(self._monitor.readline()))
 
     def connect(self, command: str, seconds: float = STREAM_SECONDS) -> socket.socket:
         """A stream to the guest's server that has been told `command`."""

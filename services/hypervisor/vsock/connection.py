@@ -151,7 +151,6 @@ class Connection:
         forward = (header.fwd_cnt - self._peer_forwarded) & COUNTER_MASK
         if forward <= self._sent - self._peer_forwarded:
             self._peer_forwarded += forward
-        self._credit_asked = False
 
     def _receive_data(self, length: int) -> Effect:
         if self._state not in (State.OPEN, State.CLOSING) or self._guest_shutdown & SHUTDOWN_SEND:
@@ -266,7 +265,7 @@ class Connection:
         return None
 
     def credit_request(self) -> bytes | None:
-        """The header that asks for credit; once until the guest has said something."""
+        """The header that asks for credit; once until some has been used."""
         if not self.wants_credit:
             return None
         self._credit_asked = True
@@ -277,6 +276,7 @@ class Connection:
         if not 0 < length <= self.credit:
             raise DeviceBug(f"{length} bytes to send with a credit of {self.credit}")
         self._sent += length
+        self._credit_asked = False
         return self._header(Op.RW, length, 0)
 
     def _header(self, op: int, length: int, flags: int) -> bytes:
