@@ -325,6 +325,10 @@ class Box:
         """Bytes sent to and received from the guest over vsock."""
         return self._machine.vsock_bytes() if self._machine is not None else (0, 0)
 
+    def disk_bytes(self) -> int:
+        """What its writable disks take of the host's disk."""
+        return sum(path.stat().st_blocks * 512 for path in self.directory.glob("*.qcow2"))
+
     def resident_mib(self) -> int:
         """Its resident memory; cheap."""
         return sum(map(stats.resident_bytes, self._machine.pids)) >> 20 if self._machine is not None else 0
@@ -365,8 +369,13 @@ class Box:
                     log.debug("box %s did not answer Shutdown: %s", self.id, error)
                 await machine.ended.wait()
 
-    async def destroy(self) -> None:
-        """Kill what runs, whatever the state; nothing is recorded. For a start that failed."""
+    async def destroy(self, why: str) -> None:
+        """Kill what runs of a box that did not come up; nothing is saved, only told."""
+        if self.record.state.alive:
+            self.record = dataclasses.replace(
+                self.record, state=BoxState.FAILED, reason=why, end_time=time.time()
+            )
+            self._on_change(self.record)
         if self._machine is not None:
             await self._machine.kill(gently=False)
         await self.let_go()

@@ -129,7 +129,7 @@ class Guest:
         }
         if missing := [name for name, done in confirmed.items() if not done]:
             raise Internal(
-                f"box {identity.box_id}: its guest did not confirm its {', '.join(missing)}; it is not served",
+                f"box {identity.box_id}: the guest did not confirm {', '.join(missing)}; it is not served",
                 reason="CLAIM_UNCONFIRMED",
                 box=identity.box_id,
             )

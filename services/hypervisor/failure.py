@@ -18,8 +18,8 @@ _GUEST_MEMORY = re.compile(
 _HOST_MEMORY = re.compile(r"[Cc]annot (set up guest memory|allocate memory)|Failed to allocate memory")
 _QEMU_TOO_LARGE = re.compile(r"initrd is too large|kernel.* too large|initrd.*too big", re.IGNORECASE)
 _BAD_KERNEL = re.compile(
-    r"invalid kernel header|could not load (the )?kernel|linux kernel too old|Error loading uncompressed kernel"
-    r"|Cannot load x86-64 image",
+    r"invalid kernel header|could not load (the )?kernel|linux kernel too old"
+    r"|Error loading uncompressed kernel|Cannot load x86-64 image",
     re.IGNORECASE,
 )
 

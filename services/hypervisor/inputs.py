@@ -7,6 +7,7 @@ no permission on any directory, and what was checked is what is used.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from services.common.errors import InvalidInput, WrongState
 from services.hypervisor.model import Disk, Mount, MountMode
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 _ELF = b"\x7fELF\x02\x01"
 _EM_X86_64 = 62
@@ -183,8 +186,8 @@ def machine_identity(mounts: Iterable[tuple[Mount, int]], fallback: Identity) ->
         info = os.fstat(fd)
         if info.st_uid == 0 and mount.mode is MountMode.READ_WRITE:
             raise InvalidInput(
-                f"mount {mount.host_path}:{mount.guest_path}:rw: the directory belongs to root, and no machine "
-                f"runs as root; give it to a user first, e.g.: chown -R 1000:1000 {mount.host_path}",
+                f"mount {mount.host_path}:{mount.guest_path}:rw: it belongs to root, and no machine runs "
+                f"as root; give it to a user first, e.g.: chown -R 1000:1000 {mount.host_path}",
                 reason="BAD_MOUNT",
                 path=mount.host_path,
             )

@@ -66,6 +66,10 @@ class Prober:
             self._programs = await programs.find(self._system, self._image)
         return self._programs
 
+    def forget(self) -> None:
+        """Find the programs anew at the next question."""
+        self._programs = None
+
     async def accelerator(self, kernel_path: str, wanted: Accelerator | None) -> Accelerator:
         """What boxes with this kernel get.
 
@@ -163,7 +167,7 @@ class Prober:
             detail = f"QEMU ended before the guest's kernel printed anything: {said or 'it said nothing'}"
         except TimeoutError:
             detail = (
-                f"{KVM} can be opened, but the guest's kernel printed nothing on it within {KVM_SECONDS:g} s: "
+                f"{KVM} can be opened, but the guest's kernel printed nothing within {KVM_SECONDS:g} s: "
                 "this host does not run ordinary guests; boxes are emulated instead"
             )
         finally:

@@ -48,7 +48,7 @@ async def find(system: str = "qemu-system-x86_64", image: str = "qemu-img") -> P
     version = tuple(int(part) for part in match.groups())
     if version[:2] < MINIMUM:
         raise WrongState(
-            f"QEMU {'.'.join(map(str, version))} is too old; {'.'.join(map(str, MINIMUM))} or newer is needed",
+            f"QEMU {'.'.join(map(str, version))} is too old; {'.'.join(map(str, MINIMUM))} is needed",
             reason="PROGRAM_TOO_OLD",
             program=system,
         )

@@ -345,7 +345,7 @@ class _Endpoints:
 
 def _spawn_shim(config: ShimConfig, config_fd: int, log: IO[bytes]) -> int:
     child = subprocess.Popen(
-        [sys.executable, "-m", "services.hypervisor.shim", "--config-fd", str(config_fd)],
+        [sys.executable, "-P", "-m", "services.hypervisor.shim", "--config-fd", str(config_fd)],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

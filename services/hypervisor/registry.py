@@ -206,7 +206,8 @@ class Registry:
         try:
             await self._start(box, start_seconds)
         except BaseException as error:
-            await box.destroy()
+            stopped = isinstance(error, asyncio.CancelledError)
+            await box.destroy("stopped while it was starting" if stopped else str(error))
             await asyncio.to_thread(self._layout.remove, box.id)
             del self._boxes[box.id]
             self.watchers.deleted(box.record)

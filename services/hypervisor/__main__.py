@@ -1,0 +1,88 @@
+"""`python -m services.hypervisor`: the hypervisor as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # before grpc is imported: children are spawned
+
+from services.common import config as configuration
+from services.common import logging as logs
+from services.common.address import Address
+from services.common.auth import read_token
+from services.common.errors import InvalidInput, VoidboxError
+from services.common.paths import Paths
+from services.common.server import serve, until_signalled
+from services.common.supervision import supervised
+from services.hypervisor.config import Config
+from services.hypervisor.inputs import Identity
+from services.hypervisor.layout import Layout
+from services.hypervisor.probe import Prober
+from services.hypervisor.registry import Registry
+from services.hypervisor.routing import GUEST_SERVICE, BoxForwarder
+from services.hypervisor.servicer import HypervisorServicer
+from voidbox.hypervisor.v1 import hypervisor_pb2, hypervisor_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+HYPERVISOR = hypervisor_pb2.DESCRIPTOR.services_by_name["HypervisorService"].full_name
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config, paths: Paths) -> AsyncIterator[list[Address]]:
+    """The hypervisor while the block runs; yields the addresses that it listens on.
+
+    Boxes go on when the block ends.
+
+    Raises:
+        InvalidInput: a setting that cannot be.
+        WrongState: another hypervisor owns the boxes, or the address is in use.
+    """
+    if not 0.1 <= config.memory_overcommit <= 100:
+        raise InvalidInput("memory_overcommit must be 0.1 to 100", reason="BAD_CONFIG")
+    listen = Address.parse(config.listen or f"unix:{paths.runtime}/hypervisor.sock")
+    token = read_token(config.token_file) if config.token_file else ""
+    root = os.geteuid() == 0
+    user = Identity(config.machine_uid, config.machine_gid) if root else Identity(os.geteuid(), os.getegid())
+    layout = Layout(paths.state)
+    with layout.locked():
+        prober = Prober(layout.probes, user, system=config.qemu, image=config.qemu_img)
+        async with Registry(layout, prober, user, memory_overcommit=config.memory_overcommit) as registry:
+            servicer = HypervisorServicer(registry, prober)
+            async with serve(
+                [listen],
+                lambda server: hypervisor_pb2_grpc.add_HypervisorServiceServicer_to_server(servicer, server),
+                [HYPERVISOR],
+                handlers=[BoxForwarder(registry)],
+                forwarded=[GUEST_SERVICE],
+                token=token,
+            ) as bound:
+                yield bound
+
+
+async def _main(config: Config, paths: Paths) -> None:
+    async with running(config, paths) as addresses:
+        log.info("listening on %s", ", ".join(str(address) for address in addresses))
+        with supervised():
+            await until_signalled()
+        log.info("stopping; boxes go on")
+
+
+def main() -> None:
+    """Run until SIGTERM or SIGINT; exits 2 if the set-up is wrong."""
+    try:
+        config = configuration.load(Config, "hypervisor", sys.argv[1:], os.environ)
+        logs.set_up("hypervisor", config.log_level)
+        asyncio.run(_main(config, Paths.from_env(os.environ)))
+    except VoidboxError as error:
+        print(f"voidbox-hypervisor: {error.message}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""How the hypervisor is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.config import setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Owns the micro-VMs of one host."""
+
+    listen: str = setting("", "address to serve on; empty means unix:<runtime directory>/hypervisor.sock")
+    token_file: Path | None = setting(None, "file with the token that callers over TCP must send")
+    qemu: str = setting("qemu-system-x86_64", "QEMU's program: a name on PATH or a path")
+    qemu_img: str = setting("qemu-img", "QEMU's image program: a name on PATH or a path")
+    machine_uid: int = setting(65534, "user that machines run as if the service runs as root")
+    machine_gid: int = setting(65534, "group that machines run as if the service runs as root")
+    memory_overcommit: float = setting(
+        1.0,
+        "memory promised to boxes may reach this multiple of the host's; guests take only what they touch",
+    )
+    log_level: str = setting(
+        "info", "least severe record to log: debug, info, warning or error", env=("VOIDBOX_LOG_LEVEL",)
+    )

@@ -1,0 +1,267 @@
+"""Between protobuf messages and the dataclasses inside; requests are validated here."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+
+from google.protobuf import duration_pb2, timestamp_pb2
+
+from services.common.errors import InvalidInput
+from services.hypervisor.inputs import DIGEST
+from services.hypervisor.model import (
+    Accelerator,
+    BoxConfig,
+    BoxRecord,
+    Disk,
+    Mount,
+    MountMode,
+    Resources,
+    Transport,
+)
+from services.hypervisor.prepare import unsupported
+from services.hypervisor.probe import ProbeResult
+from services.hypervisor.states import BoxState
+from voidbox.common.v1 import common_pb2
+from voidbox.hypervisor.v1 import hypervisor_pb2
+
+_HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_MAX_SECONDS = 10 * 366 * 86400
+_MAX_ENTRIES = 256
+_MAX_TEXT = 32 * 1024
+DEFAULT_PAGE, MAX_PAGE = 100, 1000
+
+_ACCELERATORS = {
+    hypervisor_pb2.ACCELERATOR_UNSPECIFIED: None,
+    hypervisor_pb2.ACCELERATOR_KVM: Accelerator.KVM,
+    hypervisor_pb2.ACCELERATOR_TCG: Accelerator.TCG,
+}
+_MODES = {
+    common_pb2.MOUNT_MODE_UNSPECIFIED: MountMode.READ_ONLY,
+    common_pb2.MOUNT_MODE_READ_ONLY: MountMode.READ_ONLY,
+    common_pb2.MOUNT_MODE_READ_WRITE: MountMode.READ_WRITE,
+    common_pb2.MOUNT_MODE_OVERLAY: MountMode.OVERLAY,
+}
+_STATES = {
+    BoxState.STARTING: hypervisor_pb2.BOX_STATE_STARTING,
+    BoxState.RUNNING: hypervisor_pb2.BOX_STATE_RUNNING,
+    BoxState.PAUSED: hypervisor_pb2.BOX_STATE_PAUSED,
+    BoxState.STOPPING: hypervisor_pb2.BOX_STATE_STOPPING,
+    BoxState.STOPPED: hypervisor_pb2.BOX_STATE_STOPPED,
+    BoxState.FAILED: hypervisor_pb2.BOX_STATE_FAILED,
+}
+
+
+def seconds(value: duration_pb2.Duration, field: str) -> float:
+    """A duration in seconds.
+
+    Raises:
+        InvalidInput: it is negative or beyond ten years.
+    """
+    found = value.seconds + value.nanos / 1e9
+    if not 0 <= found <= _MAX_SECONDS:
+        raise InvalidInput(f"{field} is {found:g} s; it must be 0 to {_MAX_SECONDS}", field=field)
+    return found
+
+
+def duration(value: float) -> duration_pb2.Duration:
+    """Seconds as a message."""
+    nanos = round(value * 1e9)
+    return duration_pb2.Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
+
+
+def timestamp(value: float) -> timestamp_pb2.Timestamp | None:
+    """Seconds since the epoch as a message; None for 0, an event still to come."""
+    if not value:
+        return None
+    micros = round(value * 1e6)
+    return timestamp_pb2.Timestamp(seconds=micros // 10**6, nanos=micros % 10**6 * 1000)
+
+
+def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
+    """What a box is to be made of.
+
+    Raises:
+        InvalidInput: a value that cannot be; the message names the field.
+        NotBuilt: a feature of a later version.
+    """
+    if message.egress.enabled or message.egress.allow or message.egress.host_ports:
+        raise unsupported("network access (egress)")
+    if message.snapshot:
+        raise unsupported("starting from a snapshot")
+    if message.accelerator not in _ACCELERATORS:
+        raise InvalidInput(
+            f"accelerator {_name(hypervisor_pb2.Accelerator, message.accelerator)} cannot be had here; "
+            "leave it out for the best one",
+            reason="NO_ACCELERATOR",
+            field="accelerator",
+        )
+    if message.hostname and not _HOSTNAME.fullmatch(message.hostname):
+        raise InvalidInput(f"hostname {message.hostname!r} is not a DNS label", field="hostname")
+    for name in message.env:
+        if not name or "=" in name:
+            raise InvalidInput(f"env: {name!r} is no name of an environment variable", field="env")
+    return BoxConfig(
+        kernel_path=_path(message.kernel_path, "kernel_path"),
+        initramfs_path=_path(message.initramfs_path, "initramfs_path"),
+        resources=Resources(
+            memory_mib=message.resources.memory_mib or 1024,
+            vcpus=message.resources.vcpus or 1,
+            disk_mib=message.resources.disk_mib,
+        ),
+        root_disk=_read_disk(message.root_disk) if message.HasField("root_disk") else None,
+        disks=tuple(map(_read_disk, message.disks)),
+        mounts=tuple(map(_read_mount, message.mounts)),
+        env=_entries(message.env, "env"),
+        accelerator=_ACCELERATORS[message.accelerator],
+        max_lifetime=seconds(message.max_lifetime, "max_lifetime"),
+        idle_timeout=seconds(message.idle_timeout, "idle_timeout"),
+        labels=_entries(message.labels, "labels"),
+        hostname=message.hostname,
+    )
+
+
+def _name(kind: type[hypervisor_pb2.Accelerator], number: hypervisor_pb2.Accelerator.ValueType) -> str:
+    return kind.Name(number) if number in kind.values() else str(number)
+
+
+def _path(text: str, field: str) -> str:
+    if not text:
+        raise InvalidInput(f"{field} is missing", reason="MISSING_FIELD", field=field)
+    if "\0" in text:
+        raise InvalidInput(f"{field} holds a NUL byte", field=field)
+    return text
+
+
+def _entries(values: Mapping[str, str], field: str) -> dict[str, str]:
+    if len(values) > _MAX_ENTRIES:
+        raise InvalidInput(f"{field} has {len(values)} entries; at most {_MAX_ENTRIES}", field=field)
+    for name, value in values.items():
+        if len(name) + len(value) > _MAX_TEXT or "\0" in name + value:
+            raise InvalidInput(f"{field}: {name[:64]!r} is too long or holds a NUL byte", field=field)
+    return dict(values)
+
+
+def _read_disk(message: hypervisor_pb2.Disk) -> Disk:
+    if message.volume:
+        raise unsupported("volumes")
+    if message.base_digest.value and not DIGEST.fullmatch(message.base_digest.value):
+        raise InvalidInput(f"disk {message.base_path}: {message.base_digest.value!r} is not a sha256 digest")
+    return Disk(
+        base_path=_path(message.base_path, "base_path"),
+        base_digest=message.base_digest.value,
+        base_size=message.base_digest.size_bytes,
+        format=message.format or "raw",
+        writable=message.writable,
+        guest_path=message.guest_path,
+    )
+
+
+def _read_mount(message: common_pb2.Mount) -> Mount:
+    if message.mode not in _MODES:
+        raise InvalidInput(f"mount {message.host_path}: unknown mode {message.mode}", reason="BAD_MOUNT")
+    return Mount(
+        host_path=_path(message.host_path, "mounts.host_path"),
+        guest_path=_path(message.guest_path, "mounts.guest_path"),
+        mode=_MODES[message.mode],
+    )
+
+
+def box(record: BoxRecord) -> hypervisor_pb2.Box:
+    """A box as clients see it."""
+    return hypervisor_pb2.Box(
+        id=record.id,
+        config=_config(record.config),
+        state=_STATES[record.state],
+        reason=record.reason,
+        create_time=timestamp(record.create_time),
+        ready_time=timestamp(record.ready_time),
+        end_time=timestamp(record.end_time),
+        boot_id=record.boot_id,
+        accelerator=accelerator(record.accelerator),
+        vmm_pid=record.vmm_pid if record.state.alive else 0,
+        origin=record.origin,
+        phases=[
+            hypervisor_pb2.Phase(name=phase.name, duration=duration(phase.seconds)) for phase in record.phases
+        ],
+    )
+
+
+def _config(config: BoxConfig) -> hypervisor_pb2.BoxConfig:
+    modes = {ours: theirs for theirs, ours in _MODES.items()}
+    message = hypervisor_pb2.BoxConfig(
+        kernel_path=config.kernel_path,
+        initramfs_path=config.initramfs_path,
+        resources=common_pb2.Resources(
+            memory_mib=config.resources.memory_mib,
+            vcpus=config.resources.vcpus,
+            disk_mib=config.resources.disk_mib,
+        ),
+        root_disk=_disk(config.root_disk) if config.root_disk else None,
+        disks=[_disk(disk) for disk in config.disks],
+        mounts=[
+            common_pb2.Mount(host_path=each.host_path, guest_path=each.guest_path, mode=modes[each.mode])
+            for each in config.mounts
+        ],
+        env=config.env,
+        accelerator=accelerator(config.accelerator),
+        labels=config.labels,
+        hostname=config.hostname,
+    )
+    if config.max_lifetime:
+        message.max_lifetime.CopyFrom(duration(config.max_lifetime))
+    if config.idle_timeout:
+        message.idle_timeout.CopyFrom(duration(config.idle_timeout))
+    return message
+
+
+def _disk(disk: Disk) -> hypervisor_pb2.Disk:
+    return hypervisor_pb2.Disk(
+        base_path=disk.base_path,
+        base_digest=common_pb2.Digest(value=disk.base_digest, size_bytes=disk.base_size),
+        format=disk.format,
+        writable=disk.writable,
+        guest_path=disk.guest_path,
+    )
+
+
+def accelerator(value: Accelerator | None) -> hypervisor_pb2.Accelerator.ValueType:
+    """An accelerator as clients see it."""
+    return next(theirs for theirs, ours in _ACCELERATORS.items() if ours is value)
+
+
+def transport(value: Transport) -> hypervisor_pb2.VsockTransport.ValueType:
+    """A transport as clients see it."""
+    if value is Transport.VHOST:
+        return hypervisor_pb2.VSOCK_TRANSPORT_VHOST
+    return hypervisor_pb2.VSOCK_TRANSPORT_VHOST_USER
+
+
+def probe(result: ProbeResult) -> hypervisor_pb2.Probe:
+    """A probe's outcome as clients see it."""
+    return hypervisor_pb2.Probe(name=result.name, usable=result.usable, detail=result.detail)
+
+
+def page(records: Sequence[BoxRecord], size: int, token: str) -> tuple[Sequence[BoxRecord], str]:
+    """One page of `records`, in order of creation, and the token of the next; empty on the last.
+
+    Raises:
+        InvalidInput: a size or token that cannot be.
+    """
+    if not 0 <= size <= MAX_PAGE:
+        raise InvalidInput(f"page_size is {size}; it must be 0 to {MAX_PAGE}", field="page_size")
+    ordered = sorted(records, key=lambda each: (each.create_time, each.id))
+    if token:
+        try:
+            time_text, _, box_id = base64.urlsafe_b64decode(token.encode()).decode().partition(" ")
+            after = (float(time_text), box_id)
+        except (ValueError, binascii.Error) as error:
+            raise InvalidInput("page_token is not one of ours", field="page_token") from error
+        ordered = [each for each in ordered if (each.create_time, each.id) > after]
+    found = ordered[: size or DEFAULT_PAGE]
+    if len(found) == len(ordered):
+        return found, ""
+    last = f"{found[-1].create_time!r} {found[-1].id}"
+    return found, base64.urlsafe_b64encode(last.encode()).decode()

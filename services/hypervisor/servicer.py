@@ -1,0 +1,194 @@
+"""HypervisorService: validate, convert, call, convert."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from services.common.errors import InvalidInput
+from services.hypervisor import console, convert, layout
+from services.hypervisor.box import DEFAULT_STOP_GRACE
+from services.hypervisor.capabilities import describe_host
+from services.hypervisor.prepare import unsupported
+from services.hypervisor.probe import Prober
+from services.hypervisor.registry import DEFAULT_START_SECONDS, Registry
+from services.hypervisor.tunnel import tunnel
+from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
+from voidbox.hypervisor.v1 import hypervisor_pb2_grpc
+
+Context = Any
+
+
+class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
+    """Answers for the boxes of one registry."""
+
+    def __init__(self, registry: Registry, prober: Prober) -> None:
+        self._registry = registry
+        self._prober = prober
+
+    async def GetCapabilities(
+        self, request: pb.GetCapabilitiesRequest, context: Context
+    ) -> pb.GetCapabilitiesResponse:
+        """Tells what this host can do."""
+        return await describe_host(
+            self._registry, self._prober, kernel_path=request.kernel_path, refresh=request.refresh
+        )
+
+    async def CreateBox(self, request: pb.CreateBoxRequest, context: Context) -> pb.CreateBoxResponse:
+        """Starts a box."""
+        seconds = DEFAULT_START_SECONDS
+        if request.HasField("start_timeout"):
+            seconds = convert.seconds(request.start_timeout, "start_timeout")
+        config = convert.read_config(request.config)
+        return pb.CreateBoxResponse(
+            box=convert.box(await self._registry.create(request.box_id, config, seconds))
+        )
+
+    async def GetBox(self, request: pb.GetBoxRequest, context: Context) -> pb.GetBoxResponse:
+        """Describes a box."""
+        return pb.GetBoxResponse(box=convert.box(self._registry.get(request.box_id).record))
+
+    async def ListBoxes(self, request: pb.ListBoxesRequest, context: Context) -> pb.ListBoxesResponse:
+        """Lists boxes."""
+        records = self._registry.records(request.labels)
+        found, token = convert.page(records, request.page_size, request.page_token)
+        return pb.ListBoxesResponse(boxes=map(convert.box, found), next_page_token=token)
+
+    async def WatchBoxes(
+        self, request: pb.WatchBoxesRequest, context: Context
+    ) -> AsyncIterator[pb.WatchBoxesResponse]:
+        """Streams changes."""
+        async for record, deleted in self._registry.watch(request.box_id):
+            yield pb.WatchBoxesResponse(box=convert.box(record), deleted=deleted)
+
+    async def StopBox(self, request: pb.StopBoxRequest, context: Context) -> pb.StopBoxResponse:
+        """Ends a box."""
+        grace = DEFAULT_STOP_GRACE
+        if request.HasField("grace"):
+            grace = convert.seconds(request.grace, "grace")
+        return pb.StopBoxResponse(box=convert.box(await self._registry.stop(request.box_id, grace)))
+
+    async def DeleteBox(self, request: pb.DeleteBoxRequest, context: Context) -> pb.DeleteBoxResponse:
+        """Removes a box."""
+        await self._registry.delete(request.box_id, force=request.force)
+        return pb.DeleteBoxResponse()
+
+    async def PauseBox(self, request: pb.PauseBoxRequest, context: Context) -> pb.PauseBoxResponse:
+        """Stops a box's processors."""
+        box = self._registry.get(request.box_id)
+        await box.pause()
+        return pb.PauseBoxResponse(box=convert.box(box.record))
+
+    async def ResumeBox(self, request: pb.ResumeBoxRequest, context: Context) -> pb.ResumeBoxResponse:
+        """Lets a box go on."""
+        box = self._registry.get(request.box_id)
+        await box.resume()
+        return pb.ResumeBoxResponse(box=convert.box(box.record))
+
+    async def GetBoxStats(self, request: pb.GetBoxStatsRequest, context: Context) -> pb.GetBoxStatsResponse:
+        """Measures a box."""
+        box = self._registry.get(request.box_id)
+        usage = await asyncio.to_thread(box.usage)
+        sent, received = box.vsock_bytes()
+        return pb.GetBoxStatsResponse(
+            cpu_time=convert.duration(usage.cpu_seconds),
+            resident_bytes=usage.resident,
+            proportional_bytes=usage.proportional,
+            private_bytes=usage.private,
+            disk_bytes=box.disk_bytes(),
+            vsock_sent_bytes=sent,
+            vsock_received_bytes=received,
+        )
+
+    async def ReadConsole(
+        self, request: pb.ReadConsoleRequest, context: Context
+    ) -> AsyncIterator[pb.ReadConsoleResponse]:
+        """Streams the console log."""
+        box = self._registry.get(request.box_id)
+        path = box.directory / layout.CONSOLE_FILE
+        async for offset, data in console.read(path, request.offset, follow=request.follow, ended=box.ended):
+            yield pb.ReadConsoleResponse(offset=offset, data=data)
+
+    async def ForwardPort(
+        self, request_iterator: AsyncIterator[pb.ForwardPortRequest], context: Context
+    ) -> AsyncIterator[pb.ForwardPortResponse]:
+        """Tunnels a TCP connection."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("request") != "open":
+            raise InvalidInput("the first message must be `open`", reason="BAD_FIRST_MESSAGE")
+        box = self._registry.get(first.open.box_id)
+        with box.in_use():
+            async for data in tunnel(box.guest, first.open.port, _upward(request_iterator)):
+                yield pb.ForwardPortResponse(data=data)
+
+    async def ForkBox(self, request: pb.ForkBoxRequest, context: Context) -> pb.ForkBoxResponse:
+        """Not built in this version."""
+        raise unsupported("fork")
+
+    async def UpdateBox(self, request: pb.UpdateBoxRequest, context: Context) -> pb.UpdateBoxResponse:
+        """Not built in this version."""
+        raise unsupported("update")
+
+    async def BuildTemplate(
+        self, request: pb.BuildTemplateRequest, context: Context
+    ) -> pb.BuildTemplateResponse:
+        """Not built in this version."""
+        raise unsupported("template")
+
+    async def ListTemplates(
+        self, request: pb.ListTemplatesRequest, context: Context
+    ) -> pb.ListTemplatesResponse:
+        """Not built in this version."""
+        raise unsupported("template")
+
+    async def DeleteTemplate(
+        self, request: pb.DeleteTemplateRequest, context: Context
+    ) -> pb.DeleteTemplateResponse:
+        """Not built in this version."""
+        raise unsupported("template")
+
+    async def CreateSnapshot(
+        self, request: pb.CreateSnapshotRequest, context: Context
+    ) -> pb.CreateSnapshotResponse:
+        """Not built in this version."""
+        raise unsupported("snapshot")
+
+    async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: Context) -> pb.GetSnapshotResponse:
+        """Not built in this version."""
+        raise unsupported("snapshot")
+
+    async def ListSnapshots(
+        self, request: pb.ListSnapshotsRequest, context: Context
+    ) -> pb.ListSnapshotsResponse:
+        """Not built in this version."""
+        raise unsupported("snapshot")
+
+    async def DeleteSnapshot(
+        self, request: pb.DeleteSnapshotRequest, context: Context
+    ) -> pb.DeleteSnapshotResponse:
+        """Not built in this version."""
+        raise unsupported("snapshot")
+
+    async def CreateVolume(
+        self, request: pb.CreateVolumeRequest, context: Context
+    ) -> pb.CreateVolumeResponse:
+        """Not built in this version."""
+        raise unsupported("volume")
+
+    async def ListVolumes(self, request: pb.ListVolumesRequest, context: Context) -> pb.ListVolumesResponse:
+        """Not built in this version."""
+        raise unsupported("volume")
+
+    async def DeleteVolume(
+        self, request: pb.DeleteVolumeRequest, context: Context
+    ) -> pb.DeleteVolumeResponse:
+        """Not built in this version."""
+        raise unsupported("volume")
+
+
+async def _upward(requests: AsyncIterator[pb.ForwardPortRequest]) -> AsyncIterator[bytes]:
+    async for request in requests:
+        if request.WhichOneof("request") != "data":
+            raise InvalidInput("only the first message may be `open`", reason="BAD_MESSAGE")
+        yield request.data
