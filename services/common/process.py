@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from services.common.errors import Internal, TimedOut, WrongState
 
@@ -32,8 +32,12 @@ async def run(
     env: Mapping[str, str] | None = None,
     seconds: float = 600,
     pass_fds: Sequence[int] = (),
+    on_line: Callable[[str], None] | None = None,
 ) -> bytes:
     """Run `argv` to its end and return its stdout.
+
+    Args:
+        on_line: Told each line of stdout as it comes; nothing is kept and returned then.
 
     Raises:
         WrongState: the program is not installed (reason `PROGRAM_MISSING`).
@@ -57,7 +61,7 @@ async def run(
         ) from error
     try:
         async with asyncio.timeout(seconds):
-            out, err = await child.communicate()
+            out, err = await (_follow(child, on_line) if on_line else child.communicate())
     except TimeoutError as error:
         raise TimedOut(f"{words[0]} took longer than {seconds:g} s", argv=words) from error
     finally:
@@ -71,3 +75,15 @@ async def run(
             f"{' '.join(words)} exited with {child.returncode}: {tail}", exit_code=child.returncode
         )
     return out
+
+
+async def _follow(child: asyncio.subprocess.Process, on_line: Callable[[str], None]) -> tuple[bytes, bytes]:
+    """As `communicate`, but stdout goes to `on_line`."""
+    assert child.stdout is not None
+    assert child.stderr is not None
+    async with asyncio.TaskGroup() as group:
+        err = group.create_task(child.stderr.read())
+        async for line in child.stdout:
+            on_line(line.decode(errors="replace").rstrip("\n"))
+    await child.wait()
+    return b"", err.result()

@@ -32,8 +32,8 @@ LOADER = "lib64/ld-linux-x86-64.so.2"
 _STDLIB_OUT = (
     "__phello__*", "_aix_support.py", "_bootsubprocess.py", "_osx_support.py", "antigravity.py",
     "config-3.11-*", "curses/*", "dbm/*", "distutils/*", "ensurepip/*", "idlelib/*", "lib2to3/*", "msilib/*",
-    "nturl2path.py", "pydoc.py", "pydoc_data/*", "sitecustomize.py", "sqlite3/*", "ssl.py", "test/*", "this.py", "tkinter/*",
-    "turtle*", "turtledemo/*", "venv/*", "xdrlib.py", "LICENSE.txt",
+    "nturl2path.py", "pydoc*", "sitecustomize.py", "sqlite3/*", "ssl.py", "test/*",
+    "this.py", "tkinter/*", "turtle*", "turtledemo/*", "venv/*", "xdrlib.py", "LICENSE.txt",
     "lib-dynload/*test*", "lib-dynload/_codecs_*", "lib-dynload/_crypt.*", "lib-dynload/_curses*",
     "lib-dynload/_dbm.*", "lib-dynload/_hashlib.*", "lib-dynload/_sqlite3.*", "lib-dynload/_ssl.*",
     "lib-dynload/_tkinter.*", "lib-dynload/_uuid.*", "lib-dynload/_xxsubinterpreters.*",
