@@ -29,7 +29,8 @@ class Loop:
         self._turns: list[Callable[[], bool]] = []
         self._closing: list[int] = []
         self._running = True
-        self.turns = 0
+        self.events = 0
+        """How many events have been handled."""
 
     def add(self, fd: int, events: int, handler: Handler) -> None:
         """Watch `fd`.
@@ -89,13 +90,13 @@ class Loop:
 
     def turn(self, wait: float | None = None) -> bool:
         """Wait for events (at most `wait` seconds) and handle them; True if there is more to do."""
-        self.turns += 1
         if self._timers:
             until = min(at for at, _ in self._timers.values()) - time.monotonic()
             wait = max(0.0, until) if wait is None else min(wait, max(0.0, until))
         for fd, events in self._epoll.poll(wait):
             handler = self._handlers.get(fd)
             if handler is not None:
+                self.events += 1
                 handler(events)
         if self._timers:
             now = time.monotonic()
