@@ -158,7 +158,8 @@ def _scalar(text: str, tag: str, line: int, column: int) -> tuple[NodeKind, Any]
     try:
         match tag:
             case "str":
-                return "string", text
+                # An escaped pair of surrogates is one character, which PyYAML leaves apart.
+                return "string", text.encode("utf-16", "surrogatepass").decode("utf-16")
             case "null":
                 return "null", None
             case "bool":

@@ -77,7 +77,10 @@ def test_all_problems_are_reported_in_file_order_and_bounded() -> None:
         (AGENT + "sandbox: {env: {A: 1}}\n", "put it in quotes"),
         (AGENT + "sandbox: {env: {'A B': x}}\n", "a variable's name"),
         (AGENT + "sandbox: {mode: lokal}\n", "did you mean 'local'?"),
-        (AGENT + "sandbox: {mounts: [{host: a, guest: /b, mode: wr}]}\n", "unknown value 'wr'. Known: ro, rw"),
+        (
+            AGENT + "sandbox: {mounts: [{host: a, guest: /b, mode: wr}]}\n",
+            "unknown value 'wr'. Known: ro, rw",
+        ),
         (AGENT + "sandbox: {mounts: [{host: a, guest: b}]}\n", "not an absolute path"),
         (AGENT + "sandbox: {mounts: [{host: a, guest: /b/../c}]}\n", "must not hold '..'"),
         (AGENT + "sandbox: {mounts: [{host: ~/a, guest: /b}]}\n", "'~' is not expanded"),
@@ -140,6 +143,7 @@ def test_fault_is_named(text: str, expected: str) -> None:
             f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)
         ), "counting each use of an alias"),
         ("a: !!int x\n", "'x' is no int"),
+        ('a: "\\ud800"\n', "is no str"),
         ("#" * ((1 << 20) + 1), "larger than 1048576 bytes"),
     ],
 )  # fmt: skip
