@@ -73,6 +73,7 @@ class ShimConfig:
         _check_numbers("gid", [self.gid], 0, MAX_ID)
         _check_numbers("groups", self.groups, 0, MAX_ID)
         _check_numbers("cid", [self.cid], FIRST_CID, LAST_CID)
+        _check_numbers("guest_listen_fd", [self.guest_listen_fd], 3, 1 << 20)
         if self.transport not in TRANSPORTS:
             raise ConfigInvalid(f"transport is {self.transport!r}, not one of {', '.join(TRANSPORTS)}")
         if (self.vhost_listen_fd is None) != (self.transport == "vhost-vsock"):
