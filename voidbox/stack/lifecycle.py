@@ -121,9 +121,11 @@ def down(layout: Layout, env: Mapping[str, str], *, force: bool = False, say: Sa
         return None
     layout.prepare()
     recorded = _recorded(layout)
+    # A supervisor removes its record before it ends, so it is read while it still stands.
+    before = read_record(layout)
     answered = _ask_down(recorded, force=force, say=say)
     with _locked(layout.start_lock):
-        record = read_record(layout)
+        record = read_record(layout) or before
         supervisor = processes(record).get("supervisor")
         if (
             supervisor is not None
