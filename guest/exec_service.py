@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from guest.rpc import CHUNK_LIMIT, Gate, call
 from voidbox.guest.v1 import guest_pb2 as pb
 
 DETACH_GRACE = 10.0  # guest.proto: ExecStart.detach_grace
+_LINGER = 1.0  # seconds
 _MAX_PAGE, _DEFAULT_PAGE = 1000, 100
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -103,11 +105,34 @@ async def _converse(
         if not writer.done():
             await reader  # it has failed, or the client sends nothing more
         await writer
+        await _linger(program, client, reader)
     finally:
         program.detach(client)
         for task in (reader, writer):
             task.cancel()
         await asyncio.gather(reader, writer, return_exceptions=True)
+
+
+async def _linger(program: Exec, client: Client, reader: asyncio.Future[None]) -> None:
+    """After the exit was sent, let a client that is still sending acks or input come to its end.
+
+    A message that meets the end of its call half-way makes some clients (grpc.aio) drop the
+    answers that they have not read yet, the exit among them.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER):
+            while not reader.done() and not _settled(program, client):
+                client.changed.clear()
+                more = asyncio.ensure_future(client.changed.wait())
+                await asyncio.wait((reader, more), return_when=asyncio.FIRST_COMPLETED)
+                more.cancel()
+
+
+def _settled(program: Exec, client: Client) -> bool:
+    if client.stdin and program.input is not None and not program.input.finished:
+        return False
+    ends = [output.ring.end for output in program.outputs]
+    return not client.acks or all(taken >= end for taken, end in zip(client.taken, ends, strict=True))
 
 
 async def _write(program: Exec, client: Client, context: Any, wrap: Callable[..., Any]) -> None:

@@ -142,6 +142,7 @@ class Exec:
     def delivered(self, client: Client, stream: int, offset: int) -> None:
         """Note that the client has taken over all bytes of the stream before `offset`."""
         client.taken[stream] = max(client.taken[stream], offset)
+        client.changed.set()
         self._update_floors()
 
     def _update_floors(self) -> None:

@@ -223,7 +223,7 @@ def remove(root: Root, path: str, *, recursive: bool) -> None:
         if not stat.S_ISDIR(status.st_mode):
             os.unlink(name, dir_fd=parent)
         elif recursive:
-            _remove_tree(parent, name, status.st_dev, path, 0)
+            _remove_tree(parent, name, os.fstat(parent).st_dev, path, 0)
         else:
             os.rmdir(name, dir_fd=parent)
     finally:

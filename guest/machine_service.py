@@ -33,7 +33,7 @@ class MachineCalls:
     claiming: asyncio.Lock
     mounts: Mounts
 
-    @call(before_claim=True)
+    @call(always=True)
     async def Claim(self, request: pb.ClaimRequest, _context: Any) -> pb.ClaimResponse:
         """Give the box its identity; again only with the secret in force."""
         wanted = _to_identity(request)

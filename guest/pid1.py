@@ -62,7 +62,7 @@ def run(settings: Settings) -> None:
         state = server.state
         now = time.monotonic()
         deaths = [moment for moment in deaths if now - moment < _RESTART_WINDOW] + [now]
-        if len(deaths) > _RESTARTS or not settings.guest:
+        if len(deaths) > _RESTARTS:
             log.error(f"the agent has died {len(deaths)} times; giving up")
             return
         log.error("the agent has died; starting it again")

@@ -165,6 +165,7 @@ class Input:
         "_loop",
         "_told",
         "_writing",
+        "finished",
         "received",
         "room",
         "taken",
@@ -174,6 +175,7 @@ class Input:
     def __init__(self, fd: int, *, terminal: bool, changed: Callable[[], None]) -> None:
         self.received = 0
         self.taken = 0
+        self.finished = False
         self.terminal = terminal
         self.room = asyncio.Event()
         self.room.set()
@@ -194,6 +196,7 @@ class Input:
         if self._end:
             fresh = b""
         self.received += len(fresh)
+        self.finished = self.finished or eof
         if self._fd < 0:
             # The program has closed its input: the rest goes nowhere, and nobody shall wait for it.
             self.taken = self.received
