@@ -118,6 +118,10 @@ def parse_manifest(
     """
     document = _Reader(_load(data, where), where)
     own = document.text("mediaType") or media_type
+    if "manifests" in document.value and ("layers" in document.value or "config" in document.value):
+        raise InvalidInput(f"{where} is a manifest and an index at once", reason="BAD_MANIFEST")
+    if own in MANIFEST_TYPES and media_type in MANIFEST_TYPES and own != media_type:
+        raise InvalidInput(f"{where} is served as {media_type} and says it is {own}", reason="BAD_MANIFEST")
     if document.integer("schemaVersion") != 2:
         raise InvalidInput(
             f"{where}: schemaVersion is not 2; Docker's schema 1 is obsolete, push the image again",

@@ -1,0 +1,672 @@
+"""Pulls from registries: a real one, and servers that stall, drip, reset, redirect and lie.
+
+The hostile registry is a small real HTTP server whose answers each test chooses. Nothing that it
+does may end in anything but the image or one clear error, and nothing partial may stay.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.errors import (
+    Cancelled,
+    Corrupt,
+    Denied,
+    InvalidInput,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
+from services.imager.cache import ImageCache
+from services.imager.limits import Cancel, Limits
+from services.imager.manifest import Platform
+from services.imager.pull import ImageStore, PullPolicy
+from services.imager.registry import RegistrySettings
+from tests.imager_images import Item, compress, directory, make_layout, make_tar, need, run, sha256
+
+TARS = [
+    make_tar(
+        [directory(b"etc"), Item(name=b"etc/a", data=os.urandom(300_000)), Item(name=b"b", data=b"lower")]
+    ),
+    make_tar([Item(name=b"b", data=b"upper"), Item(name=b"etc/.wh.a")]),
+]
+CONFIG = {"Entrypoint": ["/bin/sh"], "Cmd": ["-c", "id"], "Env": ["A=b"], "WorkingDir": "/etc", "User": "1:2"}
+FAST = RegistrySettings(
+    connect_seconds=2,
+    read_seconds=2,
+    attempts=3,
+    backoff_seconds=0.01,
+    slow_seconds=1,
+    slow_bytes_per_second=5000,
+)
+OCI = "application/vnd.oci.image.manifest.v1+json"
+
+
+def store(path: Path, settings: RegistrySettings = FAST, limits: Limits | None = None) -> ImageStore:
+    """A store over an own cache."""
+    return ImageStore(ImageCache(path), settings, limits)
+
+
+def assert_nothing_partial(images: ImageStore) -> None:
+    """Every blob is what its name says, and no temporary file is left."""
+    assert list((images.cache.root / "tmp").iterdir()) == []
+    for blob in (images.cache.root / "blobs/sha256").iterdir():
+        assert sha256(blob.read_bytes()) == f"sha256:{blob.name}"
+
+
+# --- a real registry -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def docker_registry(place: Path, more: dict[str, Any] | None = None) -> Iterator[str]:
+    """Debian's docker-registry on a loopback port; yields host:port."""
+    program = need("docker-registry", "docker-registry")
+    place.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = {
+        "version": 0.1,
+        "log": {"level": "info"},
+        "storage": {"filesystem": {"rootdirectory": str(place / "data")}, "delete": {"enabled": True}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+        **(more or {}),
+    }
+    (place / "config.yml").write_text(json.dumps(config))
+    process = subprocess.Popen(
+        [program, "serve", place / "config.yml"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:  # it says so when it listens
+            if "listening on" in line:
+                break
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
+        drain.join(10)
+        if process.stderr:
+            process.stderr.close()
+
+
+def push(layout: Path, target: str, *options: str) -> None:
+    """`skopeo copy` from our layout."""
+    run(need("skopeo", "skopeo"), "--insecure-policy", "copy", "--dest-tls-verify=false", *options,
+        f"oci:{layout}:t", f"docker://{target}")  # fmt: skip
+
+
+def test_an_image_comes_from_a_real_registry_and_gives_the_same_disk_as_its_layout(tmp_path: Path) -> None:
+    layout = make_layout(tmp_path / "layout", TARS, config=CONFIG)
+    images = store(tmp_path / "cache")
+    with docker_registry(tmp_path / "registry") as host:
+        push(layout, f"{host}/group/app:v1")
+        push(layout, f"{host}/group/app:schema2", "--format", "v2s2")
+        push(layout, f"{host}/group/app:zstd", "--dest-compress-format", "zstd", "--dest-compress")
+        seen: list[tuple[str, str, int, int]] = []
+        image = images.pull(
+            f"{host}/group/app:v1",
+            report=lambda p: seen.append((p.subject, p.action, p.done, p.total)),
+        )
+        assert (image.config.entrypoint, image.config.cmd) == (("/bin/sh",), ("-c", "id"))
+        assert (image.config.env, image.config.working_dir, image.config.user) == (("A=b",), "/etc", "1:2")
+        for layer in image.layers:
+            assert (layer.digest, "download", layer.size, layer.size) in seen
+        by_digest = images.pull(f"{host}/group/app@{image.digest}")
+        assert by_digest.digest == image.digest
+        disks = {
+            images.disk(images.pull(reference)).digest
+            for reference in (
+                *(f"{host}/group/app:{tag}" for tag in ("v1", "schema2", "zstd")),
+                f"oci:{layout}:t",
+            )
+        }  # fmt: skip
+        assert len(disks) == 1, "one content, one disk, however it is packed"
+        with pytest.raises(NotFound, match="check the name and the tag"):
+            images.pull(f"{host}/group/app:absent")
+        with pytest.raises(NotFound):
+            images.pull(f"{host}/absent")
+    assert_nothing_partial(images)
+    assert images.pull(f"{host}/group/app:v1").digest == image.digest, (
+        "the registry is gone, the cache is not"
+    )
+    with pytest.raises(Unavailable, match=r"not reachable.*network.*'never'"):
+        images.pull(f"{host}/group/app:v1", policy=PullPolicy.ALWAYS)
+
+
+def test_the_pull_policy_decides_when_a_moved_tag_is_noticed(tmp_path: Path) -> None:
+    first = make_layout(tmp_path / "first", TARS[:1])
+    second = make_layout(tmp_path / "second", TARS)
+    images = store(tmp_path / "cache")
+    with docker_registry(tmp_path / "registry") as host:
+        name = f"{host}/app:t"
+        with pytest.raises(NotFound, match="not in the cache"):
+            images.pull(name, policy=PullPolicy.NEVER)
+        push(first, name)
+        old = images.pull(name)
+        push(second, name)
+        assert images.pull(name).digest == old.digest
+        assert images.pull(name, policy=PullPolicy.NEVER).digest == old.digest
+        new = images.pull(name, policy=PullPolicy.ALWAYS)
+        assert new.digest != old.digest
+        assert images.pull(name, policy=PullPolicy.NEVER).digest == new.digest
+
+
+def test_a_private_registry_needs_the_login_from_the_auth_file(tmp_path: Path) -> None:
+    htpasswd = tmp_path / "htpasswd"
+    line = run(need("htpasswd", "apache2-utils"), "-Bbn", "user", "pass:word").strip()
+    htpasswd.write_text(line + "\n")
+    layout = make_layout(tmp_path / "layout", TARS)
+    more = {"auth": {"htpasswd": {"realm": "Registry", "path": str(htpasswd)}}}
+    with docker_registry(tmp_path / "registry", more) as host:
+        push(layout, f"{host}/app:t", "--dest-creds", "user:pass:word")
+        with pytest.raises(Unauthenticated, match=f"docker login {host}"):
+            store(tmp_path / "none").pull(f"{host}/app:t")
+        auth = tmp_path / "auth.json"
+        for password, works in (("pass:word", True), ("wrong", False)):
+            encoded = base64.b64encode(f"user:{password}".encode()).decode()
+            auth.write_text(json.dumps({"auths": {host: {"auth": encoded}}}))
+            settings = RegistrySettings(attempts=1, auth_files=(tmp_path / "absent", auth))
+            images = store(tmp_path / password.replace(":", ""), settings)
+            if works:
+                assert images.pull(f"{host}/app:t").layers
+            else:
+                with pytest.raises(Unauthenticated):
+                    images.pull(f"{host}/app:t")
+
+
+# --- registries that misbehave -------------------------------------------------------------------
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+class Hostile:
+    """An HTTP server: paths to answers; what it saw is kept."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        self.blobs: dict[str, bytes] = {}
+        self.stop = threading.Event()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            """Looks the answer up."""
+
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                outer.requests.append((self.path, dict(self.headers)))
+                answer = outer.answers.get(self.path)
+                if answer is None:
+                    send(self, 404, b"{}")
+                    return
+                with contextlib.suppress(ConnectionError):
+                    answer(self)
+
+            def log_message(self, *_: object) -> None:
+                """Keep quiet."""
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.host = f"127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        """End it and everything that it keeps waiting."""
+        self.stop.set()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def serve_image(self, name: str = "app", tag: str = "t", tars: list[bytes] | None = None) -> list[str]:
+        """Offer a sound image; returns the layers' paths."""
+        layers = [compress(tar, "gzip") for tar in (TARS if tars is None else tars)]
+        diff_ids = [sha256(tar) for tar in (TARS if tars is None else tars)]
+        rootfs = {"type": "layers", "diff_ids": diff_ids}
+        config = json.dumps(
+            {"architecture": "amd64", "os": "linux", "config": CONFIG, "rootfs": rootfs}
+        ).encode()
+        manifest = json.dumps(
+            {"schemaVersion": 2, "mediaType": OCI,
+             "config": described(config, "application/vnd.oci.image.config.v1+json"),
+             "layers": [described(layer, "application/vnd.oci.image.layer.v1.tar+gzip") for layer in layers]}
+        ).encode()  # fmt: skip
+        for reference in (tag, sha256(manifest)):
+            self.answers[f"/v2/{name}/manifests/{reference}"] = body(manifest, OCI)
+        paths = []
+        for blob in (config, *layers):
+            paths.append(f"/v2/{name}/blobs/{sha256(blob)}")
+            self.answers[paths[-1]] = body(blob)
+            self.blobs[paths[-1]] = blob
+        return paths[1:]
+
+
+def described(data: bytes, media_type: str) -> dict[str, Any]:
+    """A descriptor."""
+    return {"mediaType": media_type, "digest": sha256(data), "size": len(data)}
+
+
+def send(handler: http.server.BaseHTTPRequestHandler, status: int, data: bytes, **headers: str) -> None:
+    """A whole answer."""
+    handler.send_response(status)
+    for key, value in {"Content-Length": str(len(data)), **headers}.items():
+        handler.send_header(key.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
+def body(data: bytes, media_type: str = "application/octet-stream") -> Answer:
+    """Answers 200, or the range asked for."""
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        asked = handler.headers.get("Range")
+        if asked:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            send(handler, 206, data[start:], Content_Range=f"bytes {start}-{len(data) - 1}/{len(data)}")
+        else:
+            send(handler, 200, data, Content_Type=media_type)
+
+    return answer
+
+
+def status(code: int, **headers: str) -> Answer:
+    """Answers with a status alone."""
+    return lambda handler: send(handler, code, b"{}", **headers)
+
+
+def first_then(count: int, first: Answer, then: Answer) -> Answer:
+    """`first` for `count` requests, `then` afterwards."""
+    seen = 0
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        nonlocal seen
+        seen += 1
+        (first if seen <= count else then)(handler)
+
+    return answer
+
+
+@pytest.fixture
+def hostile() -> Iterator[Hostile]:
+    server = Hostile()
+    yield server
+    server.close()
+
+
+def test_a_sound_answer_is_pulled(hostile: Hostile, tmp_path: Path) -> None:
+    hostile.serve_image()
+    images = store(tmp_path)
+    image = images.pull(f"{hostile.host}/app:t")
+    assert images.disk(image).path.exists()
+    assert all(headers["Accept-Encoding"] == "identity" for _, headers in hostile.requests)
+    assert not any("Authorization" in headers for _, headers in hostile.requests)
+
+
+@pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
+def test_what_may_pass_is_tried_again(hostile: Hostile, tmp_path: Path, code: int) -> None:
+    for path in [*hostile.serve_image(), "/v2/app/manifests/t"]:
+        hostile.answers[path] = first_then(2, status(code, Retry_After="0"), hostile.answers[path])
+    store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+def test_it_is_not_tried_forever(hostile: Hostile, tmp_path: Path) -> None:
+    hostile.serve_image()
+    hostile.answers["/v2/app/manifests/t"] = status(503)
+    with pytest.raises(Unavailable, match="answers 503"):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+    assert len(hostile.requests) == FAST.attempts
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(403, Denied), (404, NotFound), (401, Unauthenticated), (418, Unavailable)]
+)
+def test_final_statuses_are_told_apart_and_not_tried_again(
+    hostile: Hostile, tmp_path: Path, code: int, error: type[Exception]
+) -> None:
+    hostile.serve_image()
+    hostile.answers["/v2/app/manifests/t"] = status(code)
+    with pytest.raises(error):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+    assert len(hostile.requests) == 1
+
+
+def cut(data: bytes, at: int) -> Answer:
+    """Announces everything and hangs up early."""
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[:at])
+        handler.wfile.flush()
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        handler.close_connection = True
+
+    return answer
+
+
+def test_a_broken_download_goes_on_where_it_stopped(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    data = hostile.blobs[path]
+    hostile.answers[path] = first_then(1, cut(data, 200_000), hostile.answers[path])
+    store(tmp_path).pull(f"{hostile.host}/app:t")
+    ranges = [headers.get("Range") for asked, headers in hostile.requests if asked == path]
+    assert ranges == [None, "bytes=200000-"]
+
+
+def test_a_server_without_ranges_starts_again(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    data = hostile.blobs[path]
+    hostile.answers[path] = first_then(1, cut(data, 1000), lambda handler: send(handler, 200, data))
+    images = store(tmp_path)
+    images.pull(f"{hostile.host}/app:t")
+    assert_nothing_partial(images)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 150_000])
+def test_a_download_that_always_breaks_ends_and_leaves_nothing(
+    hostile: Hostile, tmp_path: Path, keep: int
+) -> None:
+    path = hostile.serve_image()[0]
+    hostile.answers[path] = cut(hostile.blobs[path], keep)
+    images = store(tmp_path)
+    with pytest.raises(Unavailable, match="not reachable"):
+        images.pull(f"{hostile.host}/app:t")
+    assert_nothing_partial(images)
+    assert images.catalog.list_images() == []
+
+
+def other(data: bytes) -> bytes:
+    """As long, one bit different."""
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (other, "WRONG_DIGEST"),
+        (lambda data: data + b"x", "WRONG_SIZE"),
+    ],
+)
+def test_wrong_content_is_refused_and_leaves_nothing(
+    hostile: Hostile, tmp_path: Path, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    path = hostile.serve_image()[1]
+    hostile.answers[path] = body(change(hostile.blobs[path]))
+    images = store(tmp_path)
+    with pytest.raises(Corrupt) as caught:
+        images.pull(f"{hostile.host}/app:t")
+    assert caught.value.reason == reason
+    assert path.endswith(caught.value.metadata["digest"])
+    assert_nothing_partial(images)
+
+
+def test_a_manifest_is_checked_against_the_digest_asked_for(hostile: Hostile, tmp_path: Path) -> None:
+    hostile.serve_image()
+    wanted = "sha256:" + "0" * 64
+    hostile.answers[f"/v2/app/manifests/{wanted}"] = hostile.answers["/v2/app/manifests/t"]
+    with pytest.raises(Corrupt, match="has the digest"):
+        store(tmp_path).pull(f"{hostile.host}/app@{wanted}")
+
+
+def test_a_manifest_must_match_the_digest_that_the_registry_claims(hostile: Hostile, tmp_path: Path) -> None:
+    hostile.serve_image()
+    data = b'{"schemaVersion": 2}'
+    claimed = "sha256:" + "1" * 64
+    hostile.answers["/v2/app/manifests/t"] = lambda handler: send(
+        handler, 200, data, Docker_Content_Digest=claimed
+    )
+    with pytest.raises(Corrupt, match="has the digest"):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "not JSON"),
+        (b"<html>", "not JSON"),
+        (b"[]", "not a JSON object"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"schemaVersion": 1}', "obsolete"),
+        (b'{"schemaVersion": 2}', "config"),
+        (b'{"schemaVersion": 2, "config": 5, "layers": []}', "config"),
+        (b'{"schemaVersion": 2, "manifests": [5]}', "list of objects"),
+        (b'{"schemaVersion": 2, "manifests": [{"digest": "../../x", "size": 1}]}', "not sha256"),
+        (
+            b'{"schemaVersion": 2, "manifests": [{"digest": "sha256:' + b"0" * 64 + b'", "size": -1}]}',
+            "number",
+        ),
+        (
+            b'{"schemaVersion": 2, "manifests": [{"digest": "sha256:' + b"0" * 64 + b'", "size": 9e99}]}',
+            "number",
+        ),
+        (b'{"schemaVersion": 2, "manifests": [], "layers": []}', "at once"),
+        (b'{"a": "' + b"x" * (5 << 20) + b'"}', "more than"),
+    ],
+)
+def test_malformed_manifests_are_refused(hostile: Hostile, tmp_path: Path, data: bytes, why: str) -> None:
+    hostile.answers["/v2/app/manifests/t"] = body(data, "application/json")
+    with pytest.raises(InvalidInput, match=why):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+def test_indexes_that_go_in_circles_or_too_deep_end(hostile: Hostile, tmp_path: Path) -> None:
+    index = "application/vnd.oci.image.index.v1+json"
+    data = b'{"schemaVersion": 2, "manifests": []}'
+    for _ in range(10):
+        entry = {**described(data, index)}
+        hostile.answers[f"/v2/app/manifests/{sha256(data)}"] = body(data, index)
+        data = json.dumps({"schemaVersion": 2, "mediaType": index, "manifests": [entry]}).encode()
+    hostile.answers["/v2/app/manifests/t"] = body(data, index)
+    with pytest.raises(InvalidInput, match="nested"):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+def test_a_platform_that_is_not_there_is_named_with_those_that_are(hostile: Hostile, tmp_path: Path) -> None:
+    entry = {**described(b"{}", OCI), "platform": {"os": "linux", "architecture": "s390x"}}
+    data = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
+    hostile.answers["/v2/app/manifests/t"] = body(data, "application/vnd.oci.image.index.v1+json")
+    with pytest.raises(NotFound, match="no image for linux/amd64; it has: linux/s390x"):
+        store(tmp_path).pull(f"{hostile.host}/app:t", platform=Platform(os="linux", architecture="amd64"))
+
+
+def test_an_artifact_is_no_image(hostile: Hostile, tmp_path: Path) -> None:
+    data = json.dumps(
+        {
+            "schemaVersion": 2,
+            "config": described(b"{}", "application/vnd.cncf.helm.config.v1+json"),
+            "layers": [],
+        }
+    ).encode()
+    hostile.answers["/v2/app/manifests/t"] = body(data, OCI)
+    with pytest.raises(InvalidInput, match="helm"):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+def stall(hostile: Hostile, before: bytes) -> Answer:
+    """Sends the beginning and then nothing until the server ends."""
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        handler.wfile.write(before)
+        handler.wfile.flush()
+        hostile.stop.wait(60)
+        handler.close_connection = True
+
+    return answer
+
+
+def test_a_stalling_registry_is_left_after_the_read_timeout(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    hostile.answers[path] = stall(hostile, hostile.blobs[path][:1000])
+    quick = RegistrySettings(read_seconds=0.3, attempts=2, backoff_seconds=0.01)
+    images = store(tmp_path, quick)
+    with pytest.raises(Unavailable, match="timed out"):
+        images.pull(f"{hostile.host}/app:t")
+    assert_nothing_partial(images)
+
+
+def test_a_registry_that_never_answers_is_left_too(hostile: Hostile, tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        quick = RegistrySettings(read_seconds=0.2, attempts=2, backoff_seconds=0.01)
+        with pytest.raises(Unavailable, match="timed out"):
+            store(tmp_path, quick).pull(f"127.0.0.1:{silent.getsockname()[1]}/app:t")
+
+
+def test_a_dripping_registry_is_too_slow(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    data = hostile.blobs[path]
+
+    def drip(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        for byte in data:
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
+            if hostile.stop.wait(0.02):
+                break
+        handler.close_connection = True
+
+    hostile.answers[path] = drip
+    slow = RegistrySettings(read_seconds=5, attempts=1, slow_seconds=0.3, slow_bytes_per_second=100_000)
+    with pytest.raises(Unavailable, match="only"):
+        store(tmp_path, slow).pull(f"{hostile.host}/app:t")
+
+
+def test_cancelling_wakes_a_download_that_waits(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    hostile.answers[path] = stall(hostile, hostile.blobs[path][:1000])
+    cancel = Cancel()
+    patient = RegistrySettings(read_seconds=60)
+    images = store(tmp_path, patient)
+    started = time.monotonic()
+
+    def report(progress: Any) -> None:
+        if progress.action == "download" and progress.done:
+            threading.Timer(0.05, cancel.cancel).start()
+
+    with pytest.raises(Cancelled):
+        images.pull(f"{hostile.host}/app:t", cancel=cancel, report=report)
+    assert time.monotonic() - started < 10
+    assert_nothing_partial(images)
+
+
+def test_one_bad_layer_ends_the_others(hostile: Hostile, tmp_path: Path) -> None:
+    good, bad = hostile.serve_image()
+    hostile.answers[good] = stall(hostile, b"")
+    hostile.answers[bad] = body(other(hostile.blobs[bad]))
+    images = store(tmp_path, RegistrySettings(read_seconds=60))
+    started = time.monotonic()
+    with pytest.raises(Corrupt):
+        images.pull(f"{hostile.host}/app:t")
+    assert time.monotonic() - started < 20
+    assert_nothing_partial(images)
+
+
+def test_credentials_do_not_follow_a_redirect_to_another_host(hostile: Hostile, tmp_path: Path) -> None:
+    elsewhere = Hostile()
+    try:
+        path = hostile.serve_image()[0]
+        elsewhere.answers["/cdn"] = body(hostile.blobs[path])
+        hostile.answers[path] = status(307, Location=f"http://{elsewhere.host}/cdn")
+        wanted = "Basic " + base64.b64encode(b"user:secret").decode()
+
+        def guarded(answer: Answer) -> Answer:
+            def check(handler: http.server.BaseHTTPRequestHandler) -> None:
+                if handler.headers.get("Authorization") == wanted:
+                    answer(handler)
+                else:
+                    send(handler, 401, b"{}", WWW_Authenticate='Basic realm="r"')
+
+            return check
+
+        hostile.answers = {key: guarded(answer) for key, answer in hostile.answers.items()}
+        auth = tmp_path / "auth.json"
+        auth.write_text(json.dumps({"auths": {hostile.host: {"username": "user", "password": "secret"}}}))
+        settings = RegistrySettings(attempts=1, auth_files=(auth,))
+        store(tmp_path / "cache", settings).pull(f"{hostile.host}/app:t")
+        assert [asked for asked, _ in elsewhere.requests] == ["/cdn"]
+        assert not any("Authorization" in headers for _, headers in elsewhere.requests)
+    finally:
+        elsewhere.close()
+
+
+def test_redirects_in_a_circle_end(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    hostile.answers[path] = status(307, Location=path)
+    with pytest.raises(Unavailable, match="redirects"):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+def test_a_bearer_token_is_fetched_and_used(hostile: Hostile, tmp_path: Path) -> None:
+    paths = hostile.serve_image()
+    for path in [*paths, "/v2/app/manifests/t", *hostile.blobs]:
+        answer = hostile.answers[path]
+
+        def guarded(handler: http.server.BaseHTTPRequestHandler, answer: Answer = answer) -> None:
+            if handler.headers.get("Authorization") == "Bearer t0ken":
+                answer(handler)
+            else:
+                realm = f'Bearer realm="http://{hostile.host}/token",service="s",scope="repository:app:pull"'
+                send(handler, 401, b"{}", WWW_Authenticate=realm)
+
+        if answer.__name__ != "guarded":
+            hostile.answers[path] = guarded
+    hostile.answers["/token?service=s&scope=repository%3Aapp%3Apull"] = body(b'{"token": "t0ken"}')
+    store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+def test_plain_http_is_for_this_machine_or_when_it_is_allowed(tmp_path: Path) -> None:
+    """A name that resolves to loopback but is not written as loopback is spoken to by TLS only."""
+    server = Hostile()
+    try:
+        server.serve_image()
+        port = server.host.rpartition(":")[2]
+        name = f"{socket.gethostname()}.localdomain:{port}/app:t"
+        with pytest.raises(Unavailable):
+            store(tmp_path / "a").pull(name)
+        assert server.requests == []
+    finally:
+        server.close()
+
+
+def test_an_unreachable_registry_fails_soon_and_says_what_to_do(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match=r"localhost:1 is not reachable: .*refused.*check its name"):
+        ImageStore(ImageCache(tmp_path), RegistrySettings()).pull("localhost:1/app")
+    assert time.monotonic() - started < 15
+
+
+def test_a_login_never_shows_in_errors_or_reprs(hostile: Hostile, tmp_path: Path) -> None:
+    hostile.serve_image()
+    hostile.answers["/v2/app/manifests/t"] = status(401, WWW_Authenticate='Basic realm="r"')
+    auth = tmp_path / "auth.json"
+    auth.write_text(json.dumps({"auths": {hostile.host: {"username": "user", "password": "s3cret"}}}))
+    with pytest.raises(Unauthenticated) as caught:
+        store(tmp_path / "c", RegistrySettings(auth_files=(auth,))).pull(f"{hostile.host}/app:t")
+    assert "s3cret" not in repr(caught.value.__dict__) + caught.value.message
+    assert shutil.disk_usage(tmp_path).free > 0
