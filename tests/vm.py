@@ -14,14 +14,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import pytest
 
 from services.common.address import Address
 from services.common.channel import open_channel
+from services.common.errors import VoidboxError, from_rpc_error
 from services.common.paths import Paths
 from services.common.supervision import FD_VARIABLE, READY
 from services.hypervisor.layout import Layout
@@ -224,6 +226,28 @@ class Client:
 
 
 BOX_KEY = "voidbox-box-id"
+
+
+async def refused(call: Awaitable[object]) -> VoidboxError:
+    """The error that a call ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return from_rpc_error(caught.value)
+
+
+def init_archive(script: bytes) -> bytes:
+    """A cpio archive (newc) with `script` as /init; appended to an initramfs it replaces that one's."""
+
+    def entry(name: bytes, mode: int, data: bytes) -> bytes:
+        numbers = (1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+        head = b"070701" + b"".join(b"%08X" % number for number in numbers) + name + b"\0"
+        return _padded(head) + _padded(data)
+
+    return entry(b"init", 0o100755, script) + entry(b"TRAILER!!!", 0, b"")
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ class Remains:
         exit_code: QEMU's; None if a signal killed it or nobody could tell.
         exit_signal: The signal that killed QEMU; 0 if none did.
         recorded: Whether the device process lived to tell how QEMU ended.
+        device: What failed in the device process; empty if nothing did.
         shutdown: Reason of QEMU's SHUTDOWN event, e.g. "guest-shutdown"; empty if unknown.
         console: The end of the console log.
         log: The end of what QEMU and the device process printed.
@@ -40,6 +41,7 @@ class Remains:
     exit_code: int | None = None
     exit_signal: int = 0
     recorded: bool = False
+    device: str = ""
     shutdown: str = ""
     console: str = ""
     log: str = ""
@@ -49,6 +51,8 @@ def describe_end(remains: Remains) -> str:
     """One sentence: why the machine ended."""
     if panic := _PANIC.findall(remains.console):
         return f"the guest's kernel panicked: {panic[-1].strip() or 'no reason given'}"
+    if remains.device:
+        return f"the machine's device process failed: {remains.device}"
     if remains.shutdown == "guest-shutdown":
         return "the guest powered itself off"
     if remains.shutdown in ("guest-reset", "guest-panic"):

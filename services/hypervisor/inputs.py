@@ -24,6 +24,8 @@ _EM_X86_64 = 62
 _BOOT_FLAG = slice(0x1FE, 0x200)
 _HEADER_MAGIC = slice(0x202, 0x206)
 _NEWC = b"070701"
+# A kernel without any module or program takes more than this.
+_KERNEL_MIB = 16
 _COMPRESSED = (
     b"\x1f\x8b",
     b"\x28\xb5\x2f\xfd",
@@ -80,6 +82,26 @@ def open_initramfs(path: str) -> int:
             path=path,
         )
     return fd
+
+
+def check_guest_memory(memory_mib: int, initramfs_fd: int) -> None:
+    """Refuse a machine whose initramfs cannot fit; some kernels hang instead of saying so.
+
+    The archive stays in memory until it is unpacked, and its files are as long as a plain one.
+
+    Raises:
+        InvalidInput: there is too little memory (reason `MEMORY_TOO_SMALL`).
+    """
+    length = os.fstat(initramfs_fd).st_size
+    plain = os.pread(initramfs_fd, len(_NEWC), 0) == _NEWC
+    least = _KERNEL_MIB + (length * (2 if plain else 1) >> 20)
+    if memory_mib < least:
+        raise InvalidInput(
+            f"the guest cannot start in {memory_mib} MiB: its initramfs alone needs {least} MiB; "
+            "ask for more (spec: sandbox.memory_mb)",
+            reason="MEMORY_TOO_SMALL",
+            field="resources.memory_mib",
+        )
 
 
 def open_disk_base(disk: Disk) -> int:

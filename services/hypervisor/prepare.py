@@ -138,6 +138,7 @@ async def prepare(
     kernel = own(await asyncio.to_thread(inputs.reopenable, kernel, identity))
     initramfs = inputs.open_initramfs(config.initramfs_path)
     initramfs = own(await asyncio.to_thread(inputs.reopenable, initramfs, identity))
+    inputs.check_guest_memory(config.resources.memory_mib, initramfs)
     disk_fds: list[tuple[int, int | None]] = []
     for number, disk in enumerate(all_disks(config)):
         base = own(inputs.open_disk_base(disk))

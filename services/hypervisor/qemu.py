@@ -16,9 +16,9 @@ from typing import IO
 
 import grpc
 
-from services.common.errors import Internal, NotFound, Unavailable, VoidboxError, WrongState
+from services.common.errors import Internal, NotFound, Unavailable, VoidboxError
 from services.common.process import clean_env
-from services.hypervisor import claim, console, layout, qmp
+from services.hypervisor import claim, console, failure, layout, qmp
 from services.hypervisor.argv import (
     KERNEL_COMMAND_LINE,
     VHOST_SOCKET,
@@ -48,6 +48,7 @@ _SHIM_TERM_SECONDS = 2.0
 # The guest may be slow to take a stream while it boots; calls have deadlines of their own.
 _CONNECT_SECONDS = 600.0
 _DEVICE_DIRECTORY = "device"
+_ORDERLY = ("exited", "terminated")
 _LOG_TAIL = 4000
 
 
@@ -130,7 +131,7 @@ class QemuMachine:
                     qmp.connect(ends.monitor, on_event=self._on_event, seconds=START_SECONDS)
                 )
             except (TimeoutError, VoidboxError) as error:
-                raise await self._did_not_start() from error
+                raise await self._did_not_start(plan) from error
 
     def _endpoints(
         self,
@@ -218,10 +219,11 @@ class QemuMachine:
             os.fchown(fd, identity.uid, identity.gid)
         return listener, fd
 
-    async def _did_not_start(self) -> VoidboxError:
+    async def _did_not_start(self, plan: MachinePlan) -> VoidboxError:
         await self.kill(gently=False)
-        remains = self.remains()
-        return WrongState(f"QEMU did not start: {remains.log or 'it said nothing'}", reason="MACHINE_FAILED")
+        return failure.boot_failure(
+            plan.box_id, plan.config.kernel_path, plan.config.resources.memory_mib, self.remains()
+        )
 
     # Taking up
 
@@ -425,11 +427,14 @@ def _remains(directory: Path, shutdown: str) -> Remains:
     log = ""
     with contextlib.suppress(OSError):
         data = (directory / layout.LOG_FILE).read_bytes()[-_LOG_TAIL:]
-        log = console.printable(data)
+        # The device process logs lines of JSON there; its failures are in the exit record.
+        lines = console.printable(data).splitlines()
+        log = "\n".join(line for line in lines if not line.startswith('{"at":'))
     return Remains(
         exit_code=record.exit_code if record else None,
         exit_signal=(record.signal or 0) if record else 0,
         recorded=record is not None,
+        device=record.detail or record.reason if record and record.reason not in _ORDERLY else "",
         shutdown=shutdown,
         console=console.tail(directory / layout.CONSOLE_FILE),
         log=log,

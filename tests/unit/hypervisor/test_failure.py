@@ -20,6 +20,10 @@ PANIC = "[    0.9] Kernel panic - not syncing: VFS: Unable to mount root fs on u
         (Remains(exit_signal=11, recorded=True), "killed by SIGSEGV"),
         (Remains(exit_signal=200, recorded=True), "signal 200"),
         (Remains(), "device process was killed"),
+        (
+            Remains(recorded=True, exit_signal=9, device="IndexError: x"),
+            "device process failed: IndexError: x",
+        ),
         (Remains(exit_code=1, recorded=True, log="a\nqemu: bad thing"), "exit code 1: qemu: bad thing"),
         (Remains(exit_code=0, recorded=True), "without being asked"),
     ],

@@ -20,7 +20,8 @@ GREETING = b'{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}
 TRAFFIC = (
     GREETING
     + b'{"return": {}, "id": 0}\r\n'
-    + b'{"timestamp": {"seconds": 5, "microseconds": 250000}, "event": "SHUTDOWN", "data": {"reason": "x"}}\r\n'
+    + b'{"timestamp": {"seconds": 5, "microseconds": 250000}, '
+    + b'"event": "SHUTDOWN", "data": {"reason": "x"}}\r\n'
     + b'{"id": 1, "error": {"class": "GenericError", "desc": "no"}}\r\n'
     + b'{"return": [1, "\xc3\xa9"], "id": 2}\n'
 )
