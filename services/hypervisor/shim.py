@@ -49,6 +49,9 @@ LOG_BURST = 50
 LOG_PER_SECOND = 1.0
 """What the log of a box may grow by: a guest decides how often there is something to say."""
 
+_CHANGED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ)
+"""What the shim or its interpreter (the last two) handles or ignores; ignoring survives exec."""
+
 EXIT_FAILED = 1
 EXIT_USAGE = 64
 
@@ -332,7 +335,7 @@ def _become_machine(config: ShimConfig, parent: int, report: int) -> NoReturn:
     """In the child: keep only what QEMU is to have, and become it."""
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+        for number in _CHANGED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         seccomp.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
