@@ -31,7 +31,7 @@ from services.orchestrator.carry import (
     input_json,
     text_for_prompt,
 )
-from services.orchestrator.context import ERRORS, RESULT, RunContext
+from services.orchestrator.context import ERRORS, LABEL_INSTANCE, RESULT, RunContext
 from services.orchestrator.engine import Outcome
 from services.orchestrator.execution import (
     KILLED_ABANDONED,
@@ -43,7 +43,7 @@ from services.orchestrator.execution import (
     Program,
     ProgramNotFound,
 )
-from services.orchestrator.peers import GuestPeer, lost
+from services.orchestrator.peers import BoxInfo, GuestImage, GuestPeer, RootDisk, lost
 from services.orchestrator.plan import (
     AgentWork,
     ClientFile,
@@ -61,6 +61,10 @@ _T = TypeVar("_T")
 
 # A box that is being stopped; longer, and it is left to be swept.
 _KILL_SECONDS: Final = 10.0
+# Between two questions whether the host has room again, at most.
+_ROOM_SECONDS: Final = 2.0
+# The hypervisor's reason when boxes have all the memory.
+NO_MEMORY: Final = "HOST_MEMORY"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +93,32 @@ async def make_box(
         await context.log(stage, r.Progress(subject=box_id, action="boot"))
         info = await context.peers.find_box(box_id)
         if info is None or not (info.running or info.ended):
-            info = await context.peers.create_box(box_id, machine, image, disk, context.labels(stage))
+            info = await _create(context, stage, box_id, machine, image, disk)
         if not info.running:
             raise lost(box_id, info)
         release = await context.peers.guest(box_id).kernel_release()
     return Box(id=box_id, boot_id=info.boot_id, kernel_release=release)
+
+
+async def _create(
+    context: RunContext, stage: str, box_id: str, machine: Machine, image: GuestImage, disk: RootDisk | None
+) -> BoxInfo:
+    """Start a box; while other boxes of ours have the host's memory, wait for them to end."""
+    delay, told = 0.25, False
+    while True:
+        try:
+            return await context.peers.create_box(box_id, machine, image, disk, context.labels(stage))
+        except Exhausted as error:
+            mine = {LABEL_INSTANCE: context.instance}
+            others = [other for other, _ in await context.peers.list_boxes(mine) if other != box_id]
+            if error.reason != NO_MEMORY or not others:
+                raise
+            if not told:
+                told = True
+                text = f"waiting for another box to end: {error.message}"
+                await context.log(stage, r.Notice(text=text, warning=True))
+        await asyncio.sleep(delay)
+        delay = min(2 * delay, _ROOM_SECONDS)
 
 
 async def put_inputs(context: RunContext, guest: GuestPeer, planned: PlannedStage) -> None:
@@ -168,6 +193,7 @@ class Attempt:
     async def _run(self, resume: bool) -> Outcome:
         context, planned = self._context, self._planned
         if resume:
+            self._phases += context.facts[planned.name].phases
             box = await self._find_box()
         elif self._shared is not None:
             async with self._phase("boot"):
@@ -229,6 +255,7 @@ class Attempt:
                     await put_inputs(context, guest, planned)
                     await self._put_carried(guest, carried, directory)
                 await self._put_skills(guest, directory)
+            await context.learn(planned, phases=tuple(self._phases))
             await self._running()
         if isinstance(planned.work, Resident):
             await asyncio.Event().wait()

@@ -7,6 +7,8 @@ itself answers is never repeated here.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,9 @@ _DELETE_SECONDS: Final = 30.0
 _SHORT_SECONDS: Final = 15.0
 # A gigabyte through vsock under emulation.
 _TRANSFER_SECONDS: Final = 900.0
+
+# Between two attempts to watch a box.
+_WATCH_SECONDS: Final = 0.2
 
 _ENDED = frozenset({hypervisor_pb2.BOX_STATE_STOPPED, hypervisor_pb2.BOX_STATE_FAILED})
 
@@ -263,6 +268,7 @@ class Peers:
     async def watch_box(self, box_id: str) -> BoxLost:
         """Wait until the box has ended by itself, and return what died."""
         while True:
+            began = time.monotonic()
             info = await self.find_box(box_id)
             if info is None or info.ended:
                 return lost(box_id, info)
@@ -277,6 +283,8 @@ class Peers:
             except VoidboxError as error:
                 if not is_broken(error):
                     raise
+            # A stream that ends at once, again and again, must not keep this process busy.
+            await asyncio.sleep(max(0.0, _WATCH_SECONDS - (time.monotonic() - began)))
 
     async def delete_box(self, box_id: str, seconds: float | None = None) -> None:
         """Kill a box and remove all that is left of it. Idempotent."""

@@ -157,6 +157,12 @@ class Orchestrator:
         base = request.base_directory or None
         spec = resolve_env(parse_spec(request.spec, request.filename, base), request.env)
         check_supported(spec)
+        for planned in make_plan(spec, request.mounts).stages:
+            guests = [mount.guest for mount in planned.machine.mounts]
+            twice = sorted({guest for guest in guests if guests.count(guest) > 1})
+            if twice:
+                message = f"stage {planned.name!r}: {', '.join(twice)} is mounted twice, by spec and request"
+                raise InvalidInput(message, reason="MOUNTED_TWICE")
         given = {file.path: file for file in request.files}
         for path in input_files(spec):
             if path not in given:
@@ -336,6 +342,7 @@ class Orchestrator:
         await self._ended(run_id)
         unused = await self._database(Store.delete_run, run_id)
         await asyncio.to_thread(self.blobs.remove, unused)
+        await asyncio.to_thread(self.blobs.sweep, await self._database(Store.used_digests))
 
     async def _ended(self, run_id: str) -> r.Run:
         run = await self._database(Store.run, run_id)

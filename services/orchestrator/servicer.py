@@ -22,6 +22,9 @@ from voidbox.spec import SpecError, parse_spec
 
 _Context = Any
 
+# Half of what a message may hold, as the last run may be large too.
+_PAGE_BYTES = 2 << 20
+
 
 class Servicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
     """Translates between the wire and `Orchestrator`."""
@@ -91,10 +94,15 @@ class Servicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 raise _bad_token()
             before = min(int(request.page_token[:19]), 1 << 62)
         found = await self._orchestrator.list_runs(size + 1, before, request.active)
-        return pb.ListRunsResponse(
-            runs=[convert.run_to_proto(run, brief=True) for _, run in found[:size]],
-            next_page_token=str(found[size - 1][0]) if len(found) > size else "",
-        )
+        page = pb.ListRunsResponse()
+        for number, run in found[:size]:
+            if page.runs and page.ByteSize() > _PAGE_BYTES:
+                break
+            page.runs.append(convert.run_to_proto(run, brief=True))
+            page.next_page_token = str(number)
+        if len(page.runs) == len(found):
+            page.next_page_token = ""
+        return page
 
     async def WatchRun(
         self, request: pb.WatchRunRequest, context: _Context

@@ -20,7 +20,15 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from services.common.errors import AlreadyExists, InvalidInput, NotFound, VoidboxError, WrongState, abort
+from services.common.errors import (
+    AlreadyExists,
+    Exhausted,
+    InvalidInput,
+    NotFound,
+    VoidboxError,
+    WrongState,
+    abort,
+)
 from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
 from voidbox.hypervisor.v1 import hypervisor_pb2, hypervisor_pb2_grpc
 from voidbox.imager.v1 import imager_pb2, imager_pb2_grpc
@@ -122,6 +130,9 @@ class Fakes:
         self.most_at_once = 0
         self.create_error: VoidboxError | None = None
         self.create_hook: Callable[[str], Awaitable[None]] | None = None
+        self.delete_hook: Callable[[], Awaitable[None]] | None = None
+        self.room = 1000
+        self.refused = 0
         self.image_requests: list[Any] = []
         self.changed = asyncio.Condition()
         self._servers: dict[str, grpc.aio.Server] = {}
@@ -203,6 +214,9 @@ class _Hypervisor(_Base, hypervisor_pb2_grpc.HypervisorServiceServicer):
         if fakes.create_error is not None:
             raise fakes.create_error
         box = fakes.boxes.get(request.box_id)
+        if box is None and len(fakes.boxes) >= fakes.room:
+            fakes.refused += 1
+            raise Exhausted("the host has no memory left", reason="HOST_MEMORY")
         if box is None:
             box = Box(request.box_id, request.config)
             fakes.boxes[box.id] = box
@@ -249,6 +263,8 @@ class _Hypervisor(_Base, hypervisor_pb2_grpc.HypervisorServiceServicer):
     @_answers
     async def DeleteBox(self, request: Any, context: Any) -> Any:  # noqa: N802
         fakes = self._fakes
+        if fakes.delete_hook is not None:
+            await fakes.delete_hook()
         box = fakes.boxes.pop(request.box_id, None)
         if box is not None:
             fakes.deleted.append(box.id)

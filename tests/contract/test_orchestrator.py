@@ -545,6 +545,19 @@ async def test_a_host_without_room_is_its_own_failure_class(harness: Harness) ->
     assert (run.failure_class, run.state) == (pb.FAILURE_CLASS_EXHAUSTED, pb.RUN_STATE_FAILED)
 
 
+async def test_a_box_waits_for_the_memory_that_others_of_ours_have(harness: Harness) -> None:
+    async def wait(process: Process) -> int:
+        await harness.fakes.until(lambda: harness.fakes.refused > 0 or len(harness.fakes.created) == 3)
+        return 0
+
+    harness.fakes.programs |= {"true": true, "wait": wait}
+    harness.fakes.room = 1
+    run = await harness.run(pipeline([box("a"), box("b", "wait"), box("c", "wait")], "a", ["b", "c"]))
+    assert run.state == pb.RUN_STATE_SUCCEEDED, run.reason
+    notices = [event.notice.text for event in await harness.events() if event.HasField("notice")]
+    assert any("waiting for another box to end" in text for text in notices)
+
+
 async def test_wrong_inputs_are_not_retried(harness: Harness) -> None:
     harness.fakes.programs["true"] = true
     retry = {"max_attempts": 5, "initial_delay_ms": 0}
@@ -562,6 +575,47 @@ async def test_a_missing_output_fails_the_stage(harness: Harness) -> None:
     harness.fakes.programs["true"] = true
     run = await harness.run(pipeline([box("a", outputs=[{"name": "o", "guest": "/workspace/o.txt"}])]))
     assert "its output 'o' is missing: there is no /workspace/o.txt in the box" in run.reason
+
+
+@pytest.mark.parametrize("what", ["cancelling", "retrying", "workflow"])
+async def test_a_restarted_orchestrator_goes_on_in_every_state(harness: Harness, what: str) -> None:
+    go, deleting = asyncio.Event(), asyncio.Event()
+
+    async def work(process: Process) -> int:
+        await process.print(f"{len(harness.fakes.created)}\n")
+        if what == "retrying":
+            return 0 if len(harness.fakes.created) > 1 else 1
+        await go.wait()
+        return 0
+
+    async def hang() -> None:
+        deleting.set()
+        await asyncio.Event().wait()
+
+    harness.fakes.programs |= {"work": work, "true": true}
+    if what == "workflow":
+        steps = [
+            {"name": "a", "run": {"program": "work"}},
+            {"name": "b", "run": {"program": "true"}, "depends_on": ["a"]},
+        ]
+        await harness.create({"kind": "workflow", "name": "w", "workflow": {"steps": steps}})
+    else:
+        retry = {"max_attempts": 2, "initial_delay_ms": 1500, "max_delay_ms": 1500}
+        await harness.create(pipeline([box("a", "work", retry=retry)]))
+    waited = pb.STAGE_STATE_RETRYING if what == "retrying" else pb.STAGE_STATE_RUNNING
+    await _until_state(harness, "a", waited)
+    if what == "cancelling":
+        harness.fakes.delete_hook = hang
+        await harness.stub.CancelRun(pb.CancelRunRequest(run_id="r"))
+        await deleting.wait()
+        harness.fakes.delete_hook = None
+    await harness.restart()
+    go.set()
+    run = await harness.finish()
+    wanted = pb.RUN_STATE_CANCELLED if what == "cancelling" else pb.RUN_STATE_SUCCEEDED
+    assert run.state == wanted, run.reason
+    assert len(harness.fakes.created) == (2 if what == "retrying" else 1)
+    assert not harness.fakes.boxes
 
 
 @pytest.mark.parametrize("when", ["starting", "running", "between"])

@@ -36,6 +36,8 @@ from voidbox.spec.problems import Path
 Report = Callable[[Path, str], None]
 
 API_VERSION = "v1"
+# Artifacts that every stage has.
+RESERVED_OUTPUTS = frozenset({"output", "stderr"})
 
 
 def check(spec: Spec, report: Report) -> None:
@@ -167,6 +169,9 @@ def _pipeline(spec: Spec, pipeline: Pipeline, report: Report) -> None:
         _mounts(box.sandbox.mounts, (*path, "sandbox", "mounts"), report, taken)
         names = Counter(output.name for output in box.outputs)
         for place, output in enumerate(box.outputs):
+            if output.name in RESERVED_OUTPUTS:
+                message = f"{output.name!r} is the name of what the box prints; choose another one"
+                report((*path, "outputs", place, "name"), message)
             if names[output.name] > 1:
                 report(
                     (*path, "outputs", place, "name"), f"there are {names[output.name]} outputs of this name"

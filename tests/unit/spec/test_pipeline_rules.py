@@ -58,6 +58,7 @@ OUT = {"name": "a", "outputs": [{"name": "o"}]}
          "an output of several boxes; write one of a.o, b.o"),
         (pipeline([OUT, {"name": "b", "inputs": [{"from": "o"}, {"from": "a.o"}]}]), "two inputs go to"),
         (pipeline([{"name": "a", "outputs": [{"name": "o"}, {"name": "o"}, ]}, ]), "2 outputs of this name"),
+        (pipeline([A | {"outputs": [{"name": "stderr"}]}]), "name of what the box prints"),
         (pipeline([A | {"prompt": "x"}]), "has both"),
         (pipeline([A | {"llm": {"provider": "mock"}}]), "llm is for agents"),
         (pipeline([A | {"retry": {"max_attempts": 0}}]), "too small"),
