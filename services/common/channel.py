@@ -9,6 +9,9 @@ import grpc
 
 from services.common.address import Address
 from services.common.auth import AUTHORIZATION
+from services.common.statuses import keep_statuses
+
+keep_statuses()
 
 # A chunk is at most 64 KiB (protos); the rest is room for long lists.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,11 +44,8 @@ def program(name: str, cure: str) -> str:
     return found
 
 
-def run(
-    words: Sequence[str], *, text: str = "", code: int = 0, env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    passed = ("PATH", "HOME", "VOIDBOX_CACHE_DIR", "XDG_CACHE_HOME")
-    env = {key: os.environ[key] for key in passed if key in os.environ} | dict(env or {})
+def run(words: Sequence[str], *, text: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     done = subprocess.run(
         words, env=env, input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
     )
@@ -65,20 +61,6 @@ def node() -> str:
         run([program("npm", "apt-get install nodejs npm"), "ci", "--prefix", str(NODE)])
         os.utime(installed)
     return found
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """The orchestrator's address of a stack of this module's own, with the machine's guest image."""
-    voidbox = str(Path(sys.executable).with_name("voidbox"))
-    # A socket's path is limited to 107 bytes; pytest's own directories can be longer.
-    with tempfile.TemporaryDirectory(prefix="voidbox-") as directory:
-        dirs = {"VOIDBOX_STATE_DIR": f"{directory}/state", "VOIDBOX_RUNTIME_DIR": f"{directory}/run"}
-        run([voidbox, "up"], env=dirs)
-        try:
-            yield f"unix:{directory}/run/orchestrator.sock"
-        finally:
-            run([voidbox, "down"], env=dirs)
 
 
 def test_a_node_client_makes_a_box_and_works_in_it(node: str, address: str) -> None:
