@@ -50,6 +50,17 @@ def free_mib_from(value: int) -> int:
     return value or DEFAULT_FREE_MIB
 
 
+def wants_slim_kernel(value: int) -> bool:
+    """Whether a guest image gets the slim kernel instead of Debian's.
+
+    Raises:
+        InvalidInput: an unknown number.
+    """
+    if value not in imager_pb2.KernelFlavor.values():
+        raise InvalidInput(f"{value} is no kernel flavor", reason="BAD_KERNEL_FLAVOR")
+    return value == imager_pb2.KERNEL_FLAVOR_SLIM
+
+
 def seconds_from(message: Duration) -> float:
     """A duration in seconds."""
     return message.seconds + message.nanos / 1e9

@@ -156,7 +156,7 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
     async def BuildGuestImage(
         self, request: imager_pb2.BuildGuestImageRequest, context: Context
     ) -> AsyncIterator[imager_pb2.BuildGuestImageResponse]:
-        slim = request.kernel == imager_pb2.KERNEL_FLAVOR_SLIM
+        slim = convert.wants_slim_kernel(request.kernel)
         queue: asyncio.Queue[Progress | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

@@ -1,0 +1,327 @@
+"""Every RPC of the imager on a real server over a unix socket: answers, refusals, cancellation.
+
+The cache is real and the images are OCI layouts; only the guest image's build has its own tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from services.common.channel import open_channel
+from services.common.errors import (
+    InvalidInput,
+    NotBuilt,
+    NotFound,
+    Unavailable,
+    VoidboxError,
+    from_rpc_error,
+)
+from services.common.paths import Paths
+from services.imager.__main__ import running
+from services.imager.config import Config
+from services.imager.ext4_format import SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, unpack_superblock
+from tests.imager_images import Item, directory, make_layout, make_tar
+from voidbox.imager.v1 import imager_pb2 as pb
+from voidbox.imager.v1 import imager_pb2_grpc
+
+TARS = [make_tar([directory(b"bin"), Item(name=b"bin/x", data=os.urandom(200_000), mode=0o755)])]
+CONFIG = {
+    "Entrypoint": ["/bin/x"],
+    "Cmd": ["a", "b"],
+    "Env": ["K=V"],
+    "WorkingDir": "/bin",
+    "User": "7:8",
+    "Labels": {"l": "v"},
+}
+KERNEL = b"\x7fELF" + bytes(2000)
+
+
+def head(path: Path) -> bytes:
+    """The superblock."""
+    with path.open("rb") as file:
+        file.seek(SUPERBLOCK_OFFSET)
+        return file.read(SUPERBLOCK_SIZE)
+
+
+class Imager:
+    """A running imager and a stub for it."""
+
+    def __init__(self, stub: Any, cache: Path, layout: Path) -> None:
+        self.stub = stub
+        self.cache = cache
+        self.layout = layout
+        self.reference = f"oci:{layout}:t"
+
+    async def all(self, call: Any) -> list[Any]:
+        """All messages of a stream, or the error that ended it."""
+        try:
+            return [message async for message in call]
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def one(self, call: Any) -> Any:
+        """The answer, or the error."""
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def pull(self, **more: Any) -> pb.Image:
+        """Pull the layout's image."""
+        request = pb.PullImageRequest(**{"reference": self.reference, **more})
+        image: pb.Image = (await self.all(self.stub.PullImage(request)))[-1].image
+        return image
+
+
+@pytest.fixture
+async def imager(tmp_path: Path) -> AsyncIterator[Imager]:
+    layout = make_layout(tmp_path / "layout", TARS, config=CONFIG)
+    with TemporaryDirectory(prefix="vb") as runtime:  # a unix socket's path is short
+        paths = Paths(state=tmp_path / "state", cache=tmp_path / "cache", runtime=Path(runtime))
+        async with running(Config(registry_attempts=1), paths, {}) as [address]:
+            async with open_channel(address) as channel:
+                yield Imager(imager_pb2_grpc.ImagerServiceStub(channel), paths.cache, layout)
+
+
+def test_every_rpc_has_a_test_here() -> None:
+    methods = {method.name for method in pb.DESCRIPTOR.services_by_name["ImagerService"].methods}
+    text = Path(__file__).read_text()
+    assert {name for name in methods if f"stub.{name}(" not in text} == set()
+
+
+async def test_pull_reports_progress_and_ends_with_the_image(imager: Imager) -> None:
+    messages = await imager.all(imager.stub.PullImage(pb.PullImageRequest(reference=imager.reference)))
+    assert [message.WhichOneof("result") for message in messages[:-1]] == ["progress"] * (len(messages) - 1)
+    image = messages[-1].image
+    assert image.reference == imager.reference
+    config = image.config
+    assert (list(config.entrypoint), list(config.cmd), list(config.env)) == (["/bin/x"], ["a", "b"], ["K=V"])
+    assert (config.working_dir, config.user, dict(config.labels)) == ("/bin", "7:8", {"l": "v"})
+    [layer] = image.layers
+    assert layer.digest.size_bytes == image.size_bytes > 200_000
+    downloads = [message.progress for message in messages if message.progress.action == "download"]
+    assert (downloads[-1].subject, downloads[-1].done, downloads[-1].total) == (
+        layer.digest.value, layer.digest.size_bytes, layer.digest.size_bytes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "why"),
+    [
+        ({"reference": ""}, InvalidInput, "empty"),
+        ({"reference": "No"}, InvalidInput, "lower case"),
+        ({"reference": "oci:relative"}, InvalidInput, "absolute"),
+        ({"reference": "oci:/absent/dir"}, NotFound, "No such file"),
+        ({"reference": "localhost:1/x"}, Unavailable, "not reachable"),
+        ({"reference": "x", "policy": pb.PULL_POLICY_NEVER}, NotFound, "never"),
+        ({"reference": "x", "policy": 99}, InvalidInput, "no pull policy"),
+        ({"reference": "oci-archive:/x.tar"}, NotBuilt, "skopeo"),
+    ],
+)
+async def test_pull_refuses_clearly(
+    imager: Imager, request_: dict[str, Any], error: type[VoidboxError], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        await imager.all(imager.stub.PullImage(pb.PullImageRequest(**request_)))
+
+
+async def test_another_platform_is_not_there(imager: Imager) -> None:
+    with pytest.raises(NotFound, match="not for linux/s390x"):
+        await imager.pull(platform=pb.Platform(architecture="s390x"))
+
+
+async def test_a_disk_is_built_once_and_found_the_second_time(imager: Imager) -> None:
+    call = imager.stub.BuildDisk(pb.BuildDiskRequest(reference=imager.reference))
+    messages = await imager.all(call)
+    disk = messages[-1].disk
+    path = Path(disk.path)
+    assert path.is_absolute()
+    assert path.stat().st_size == disk.size_bytes > 1024 << 20
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert unpack_superblock(await asyncio.to_thread(head, path)).blocks == disk.size_bytes // 4096
+    assert (disk.format, disk.image.config.user) == ("raw", "7:8")
+    before = path.stat().st_ino
+    again = await imager.all(imager.stub.BuildDisk(pb.BuildDiskRequest(reference=imager.reference)))
+    assert again[-1].disk.path == disk.path
+    assert path.stat().st_ino == before
+    assert not [message for message in again if message.progress.action == "convert"]
+    roomy = await imager.all(
+        imager.stub.BuildDisk(pb.BuildDiskRequest(reference=imager.reference, free_mib=2048))
+    )
+    assert roomy[-1].disk.digest != disk.digest
+    with pytest.raises(InvalidInput, match="negative"):
+        await imager.all(imager.stub.BuildDisk(pb.BuildDiskRequest(reference=imager.reference, free_mib=-1)))
+
+
+async def test_many_callers_for_one_disk_get_the_same(imager: Imager) -> None:
+    calls = [
+        imager.all(imager.stub.BuildDisk(pb.BuildDiskRequest(reference=imager.reference))) for _ in range(20)
+    ]
+    assert len({messages[-1].disk.path for messages in await asyncio.gather(*calls)}) == 1
+
+
+async def test_a_malformed_layer_is_named_with_its_entry(imager: Imager, tmp_path: Path) -> None:
+    bad = make_layout(tmp_path / "bad", [make_tar([Item(name=b"ok"), Item(name=b"a/../../etc/passwd")])])
+    with pytest.raises(
+        InvalidInput, match=r"layer sha256:[0-9a-f]{64}, entry 'a/../../etc/passwd'"
+    ) as caught:
+        await imager.all(imager.stub.BuildDisk(pb.BuildDiskRequest(reference=f"oci:{bad}:t")))
+    assert caught.value.metadata["entry"] == "a/../../etc/passwd"
+    assert list((imager.cache / "images/disks").iterdir()) == []
+    assert list((imager.cache / "images/tmp").iterdir()) == []
+
+
+async def test_get_list_and_delete(imager: Imager) -> None:
+    with pytest.raises(NotFound, match="voidbox image ls"):
+        await imager.one(imager.stub.GetImage(pb.GetImageRequest(reference="absent")))
+    with pytest.raises(InvalidInput):
+        await imager.one(imager.stub.GetImage(pb.GetImageRequest(reference="NO")))
+    image = await imager.pull()
+    for reference in (image.reference, image.digest.value):
+        got = await imager.one(imager.stub.GetImage(pb.GetImageRequest(reference=reference)))
+        assert got.image.digest == image.digest
+    freed = await imager.one(imager.stub.DeleteImage(pb.DeleteImageRequest(reference=image.reference)))
+    assert freed.freed_bytes >= image.size_bytes
+    with pytest.raises(NotFound):
+        await imager.one(imager.stub.DeleteImage(pb.DeleteImageRequest(reference=image.reference)))
+    assert (await imager.one(imager.stub.ListImages(pb.ListImagesRequest()))).images == []
+    assert list((imager.cache / "images/blobs/sha256").iterdir()) == []
+
+
+async def test_images_are_listed_in_pages(imager: Imager, tmp_path: Path) -> None:
+    for number in range(5):
+        layout = make_layout(tmp_path / f"l{number}", [make_tar([Item(name=b"f%d" % number)])])
+        await imager.pull(reference=f"oci:{layout}:t")
+    seen, token = [], ""
+    while True:
+        page = await imager.one(imager.stub.ListImages(pb.ListImagesRequest(page_size=2, page_token=token)))
+        assert len(page.images) <= 2
+        seen += [image.reference for image in page.images]
+        token = page.next_page_token
+        if not token:
+            break
+    assert seen == sorted(f"oci:{tmp_path}/l{number}:t" for number in range(5))
+    for bad in ({"page_size": -1}, {"page_token": "x"}):
+        with pytest.raises(InvalidInput, match="page"):
+            await imager.one(imager.stub.ListImages(pb.ListImagesRequest(**bad)))
+
+
+async def test_prune_removes_what_is_old_or_too_much_and_keeps_shared_layers(
+    imager: Imager, tmp_path: Path
+) -> None:
+    image = await imager.pull()
+    shared = make_layout(tmp_path / "shared", [*TARS, make_tar([Item(name=b"more")])])
+    other = await imager.pull(reference=f"oci:{shared}:t")
+    nothing = await imager.one(imager.stub.PruneImages(pb.PruneImagesRequest()))
+    assert nothing.references == []
+    prune = imager.stub.PruneImages
+    hour = pb.PruneImagesRequest(older_than=Duration(seconds=3600))
+    assert (await imager.one(prune(hour))).references == []
+    for record in (imager.cache / "images/refs").iterdir():
+        if json.loads(record.read_text())["reference"] == image.reference:
+            os.utime(record, (0, 0))
+    assert list((await imager.one(prune(hour))).references) == [image.reference]
+    blob = imager.cache / "images/blobs/sha256" / image.layers[0].digest.value.removeprefix("sha256:")
+    assert blob.exists(), "the other image has this layer, too"
+    small = await imager.one(prune(pb.PruneImagesRequest(max_size_bytes=1)))
+    assert list(small.references) == [other.reference]
+    assert small.freed_bytes > 200_000
+    with pytest.raises(InvalidInput, match="negative"):
+        await imager.one(prune(pb.PruneImagesRequest(max_size_bytes=-1)))
+
+
+async def test_verify_finds_and_removes_damage_and_the_next_pull_repairs_it(imager: Imager) -> None:
+    image = await imager.pull()
+    verify = pb.VerifyImageRequest(reference=image.reference)
+    sound = await imager.one(imager.stub.VerifyImage(verify))
+    assert (sound.checked, list(sound.damaged)) == (3, [])
+    digest = image.layers[0].digest.value
+    blob = imager.cache / "images/blobs/sha256" / digest.removeprefix("sha256:")
+    data = bytearray(blob.read_bytes())
+    data[100] ^= 1
+    blob.write_bytes(data)
+    found = await imager.one(imager.stub.VerifyImage(verify))
+    assert list(found.damaged) == [digest]
+    with pytest.raises(NotFound):
+        await imager.one(imager.stub.GetImage(pb.GetImageRequest(reference=image.reference)))
+    assert (await imager.pull()).digest == image.digest
+    assert list((await imager.one(imager.stub.VerifyImage(verify))).damaged) == []
+
+
+async def test_export_streams_the_ext4_file(imager: Imager, tmp_path: Path) -> None:
+    image = await imager.pull()
+    request = pb.ExportImageRequest(reference=image.reference, format=pb.EXPORT_FORMAT_EXT4)
+    digest, count = hashlib.sha256(), 0
+    async for message in imager.stub.ExportImage(request):
+        assert len(message.data) <= 64 << 10
+        digest.update(message.data)
+        count += len(message.data)
+        if count > 64 << 20:
+            break
+    assert count > 64 << 20
+    for bad, error in (
+        ({}, InvalidInput),
+        ({"format": pb.EXPORT_FORMAT_TAR}, NotBuilt),
+        ({"format": pb.EXPORT_FORMAT_EXT4, "compression": "zstd"}, NotBuilt),
+        ({"format": pb.EXPORT_FORMAT_EXT4, "compression": "rar"}, InvalidInput),
+    ):
+        with pytest.raises(error):
+            await imager.all(imager.stub.ExportImage(pb.ExportImageRequest(reference=image.reference, **bad)))
+
+
+async def test_what_is_not_built_says_so(imager: Imager) -> None:
+    with pytest.raises(NotBuilt, match="not built"):
+        await imager.all(imager.stub.PushImage(pb.PushImageRequest(source="a", reference="b")))
+    with pytest.raises(NotBuilt, match="not built"):
+        await imager.all(imager.stub.BuildAgentImage(pb.BuildAgentImageRequest(agent="codex")))
+
+
+async def test_a_guest_image_build_checks_its_request_and_can_be_cancelled(imager: Imager) -> None:
+    """The build itself has its own tests."""
+    with pytest.raises(InvalidInput, match="no kernel flavor"):
+        unknown = pb.BuildGuestImageRequest(kernel=99)  # type: ignore[arg-type]
+        await imager.all(imager.stub.BuildGuestImage(unknown))
+    call = imager.stub.BuildGuestImage(pb.BuildGuestImageRequest())
+    call.cancel()
+    assert (await imager.one(imager.stub.ListImages(pb.ListImagesRequest()))).images == []
+
+
+async def test_resolve_takes_the_paths_of_the_spec(imager: Imager, tmp_path: Path) -> None:
+    kernel, initramfs = tmp_path / "vmlinux", tmp_path / "initramfs"
+    kernel.write_bytes(KERNEL)
+    initramfs.write_bytes(b"070701")
+    request = pb.ResolveGuestImageRequest(kernel_path=str(kernel), initramfs_path=str(initramfs))
+    found = (await imager.one(imager.stub.ResolveGuestImage(request))).guest_image
+    assert (found.kernel_path, found.initramfs_path, found.origin) == (str(kernel), str(initramfs), "spec")
+    assert not found.HasField("digest")
+
+
+async def test_resolve_without_anything_says_how_to_get_a_guest_image(imager: Imager) -> None:
+    with pytest.raises(NotFound, match="make guest"):
+        await imager.one(imager.stub.ResolveGuestImage(pb.ResolveGuestImageRequest()))
+
+
+async def test_a_cancelled_build_ends_and_leaves_nothing(imager: Imager, tmp_path: Path) -> None:
+    items = [Item(name=b"f%06d" % number, data=bytes(20_000)) for number in range(4000)]
+    layout = make_layout(tmp_path / "large", [make_tar(items)], compression="none")
+    call = imager.stub.BuildDisk(pb.BuildDiskRequest(reference=f"oci:{layout}:t"))
+    async for message in call:
+        if message.progress.action == "convert":
+            break
+    call.cancel()
+    # Deleting waits for the work to have ended: it holds the lock that builds share.
+    with pytest.raises(NotFound):
+        await imager.one(imager.stub.DeleteImage(pb.DeleteImageRequest(reference="absent")))
+    assert list((imager.cache / "images/tmp").iterdir()) == []
+    assert list((imager.cache / "images/disks").iterdir()) == []
