@@ -58,6 +58,10 @@ class Identity:
                 return True
         return not self.alive
 
+    def ask_to_end(self) -> None:
+        """Send TERM and do not wait."""
+        self._signal_and_wait(signal.SIGTERM, 0)
+
     def wait(self, seconds: float) -> bool:
         """Wait for its end; returns whether it is gone."""
         return self._signal_and_wait(None, seconds)

@@ -31,7 +31,8 @@ START_SECONDS = 150.0
 STATUS_SECONDS = 10.0
 # The longest single step of an orderly shutdown is cancelling runs (45 s).
 DOWN_SILENCE_SECONDS = 75.0
-FORCED_SILENCE_SECONDS = 20.0
+# A supervisor that works answers within milliseconds.
+PING_SECONDS = 5.0
 # A stack can be stopped by another client between our look and our question.
 _ATTEMPTS = 5
 
@@ -62,6 +63,7 @@ def up(layout: Layout, env: Mapping[str, str], say: Say = _silent) -> tuple[Layo
     for _ in range(_ATTEMPTS):
         with _locked(layout.start_lock):
             held = _try_lock(layout.stack_lock)
+            started = held is not None
             if held is not None:
                 try:
                     say("starting the voidbox stack")
@@ -80,9 +82,11 @@ def up(layout: Layout, env: Mapping[str, str], say: Say = _silent) -> tuple[Layo
                 f"see {layout.log('supervisor')}, then: voidbox down --force",
                 reason="STACK_SILENT",
             ) from error
-        if status.get("state") == "stopping":
+        if status.get("ending"):
             _await_end(layout)
-            continue
+            # Another client's attempt says nothing about ours: its environment was another.
+            if not started:
+                continue
         _check(layout, status)
         return layout, status
     raise Unavailable(
@@ -155,13 +159,13 @@ def down(layout: Layout, env: Mapping[str, str], *, force: bool = False, say: Sa
 
 def _ask_down(layout: Layout, *, force: bool, say: Say) -> bool:
     """Ask the supervisor to stop; returns whether it answered that it did."""
-    silence = FORCED_SILENCE_SECONDS if force else DOWN_SILENCE_SECONDS
     try:
-        ask(layout.control, {"op": "down", "force": force}, seconds=silence, progress=say)
+        ask(layout.control, {"op": "status"}, seconds=PING_SECONDS)
+        ask(layout.control, {"op": "down", "force": force}, seconds=DOWN_SILENCE_SECONDS, progress=say)
     except NoAnswer:
         return False
     except TimeoutError:
-        say(f"the supervisor kept silent for {silence:g} s")
+        say("the supervisor does not answer")
         return False
     return True
 

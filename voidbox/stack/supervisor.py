@@ -137,6 +137,8 @@ class Supervisor:
         return {
             "kind": "status",
             "state": state,
+            # A stack that could not be started is about to end.
+            "ending": self._stopping or (state == "failed" and not self._settled),
             "version": voidbox.__version__,
             "pid": os.getpid(),
             "start_time": self._started,

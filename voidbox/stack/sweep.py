@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,12 +61,19 @@ def sweep(
     To be called while nobody else can start the stack. Idempotent.
     """
     swept = Swept()
-    for name, identity in reversed(processes(read_record(layout)).items()):
-        if identity.pid != os.getpid() and identity.alive:
-            say(f"ending {name} (pid {identity.pid}) that was left behind")
-            swept.ended.append(f"{name} (pid {identity.pid})")
-            if not identity.end(TERM_SECONDS):
-                swept.left.append(f"process {identity.pid} ({name})")
+    found = [
+        (name, identity)
+        for name, identity in processes(read_record(layout)).items()
+        if identity.pid != os.getpid() and identity.alive
+    ]
+    for name, identity in found:
+        say(f"ending {name} (pid {identity.pid}) that was left behind")
+        swept.ended.append(f"{name} (pid {identity.pid})")
+        identity.ask_to_end()
+    deadline = time.monotonic() + TERM_SECONDS
+    for name, identity in found:
+        if not identity.wait(max(0.0, deadline - time.monotonic())) and not identity.end(0):
+            swept.left.append(f"process {identity.pid} ({name})")
     if boxes:
         swept.left += _reap(layout, env)
     for path in [layout.control, *(layout.socket(name) for name in SERVICES)]:
