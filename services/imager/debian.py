@@ -112,6 +112,8 @@ class Debian:
             if not missing:
                 return
             config = await self._configure()
+            for leaving in self._home.glob("download-*"):  # of a killed build: this one has the lock
+                await asyncio.to_thread(shutil.rmtree, leaving, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix="download-", dir=self._home) as scratch:
                 await self._download(missing, Path(scratch), config)
                 for package in missing:
@@ -125,11 +127,15 @@ class Debian:
         """The package's files, unpacked once and kept."""
         tree = self._home / "trees" / package.sha256
         if not tree.is_dir():
-            await self.unpack_into(package, tree)
+            await self.unpack_into(package, tree, durable=True)
         return tree
 
-    async def unpack_into(self, package: Package, tree: Path) -> None:
-        """Unpack to `tree`, which appears whole or not at all."""
+    async def unpack_into(self, package: Package, tree: Path, *, durable: bool = False) -> None:
+        """Unpack to `tree`, which appears whole or not at all.
+
+        Args:
+            durable: Flush it to the disk first, because it will be trusted after a crash.
+        """
         tree.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix="unpack-", dir=tree.parent))
         try:
@@ -142,7 +148,7 @@ class Debian:
                     package=package.name,
                 )
             await run(["dpkg-deb", "--extract", deb, scratch], seconds=_UNPACK_SECONDS)
-            await asyncio.to_thread(_settle, scratch, tree)
+            await asyncio.to_thread(_settle, scratch, tree, durable)
         finally:
             await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
@@ -394,8 +400,27 @@ def _load(path: Path) -> tuple[Package, ...] | None:
         return None
 
 
-def _settle(scratch: Path, tree: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Flush every file and directory below `directory`, and itself, to the disk."""
+    for path in [*directory.rglob("*"), directory]:
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            continue
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush one file or directory to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _settle(scratch: Path, tree: Path, durable: bool) -> None:
     """Give an unpacked tree its name, unless another builder was first."""
+    if durable:
+        sync_tree(scratch)
     try:
         scratch.rename(tree)
     except OSError:

@@ -20,15 +20,16 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from services.common.errors import Corrupt, InvalidInput, NotFound, VoidboxError
 from services.common.paths import Paths, private_dir
 from services.imager import cpio
 from services.imager.bytecode import Interpreter, compile_sources
-from services.imager.debian import Debian, Package
+from services.imager.debian import Debian, Package, sync, sync_tree
 from services.imager.guest_kernel import (
     Flavor,
     GuestKernel,
@@ -36,7 +37,6 @@ from services.imager.guest_kernel import (
     debian_kernel_packages,
     file_kernel,
     slim_kernel,
-    sync_tree,
 )
 from services.imager.guest_python import (
     LOADER,
@@ -128,8 +128,9 @@ async def build_guest_image(
     env: Mapping[str, str] | None = None,
     source: Path | None = None,
     refresh: bool = False,
+    make_default: bool = True,
 ) -> GuestImage:
-    """Build the guest image and make it the default; what has not changed is not built again.
+    """Build the guest image; what has not changed is not built again.
 
     Args:
         cache: The cache directory.
@@ -138,6 +139,7 @@ async def build_guest_image(
         env: Extra environment of apt and pip, see `network_env`.
         source: Directory with `guest/` and `voidbox/`; this project's own if not given.
         refresh: Ask Debian's mirrors for newer packages.
+        make_default: Let `default` name it.
 
     Raises:
         Unavailable: something must be downloaded and cannot be.
@@ -149,7 +151,9 @@ async def build_guest_image(
     await asyncio.to_thread(home.mkdir, parents=True, exist_ok=True)
     async with locked(home / "lock"):
         builder = _Builder(cache, source or project_root(), env or {}, progress)
-        return await builder.build(kernel, refresh=refresh)
+        image = await builder.build(kernel, refresh=refresh)
+        await asyncio.to_thread(builder.settle, image, make_default=make_default)
+        return image
 
 
 def load_guest_image(cache: Path, name: str = "default") -> GuestImage:
@@ -244,25 +248,33 @@ class _Builder:
 
     def _sweep(self) -> None:
         """Remove what a killed build left; nobody else builds while the lock is held."""
-        for path in self._home.glob(f"{_SCRATCH}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        leavings = [self._home.glob(f"{_SCRATCH}*"), (self._cache / "debian/trees").glob("unpack-*")]
+        leavings += [
+            (self._cache / "kernel").glob(name) for name in ("unpack-*", "debian-save-*", "file-save-*")
+        ]
+        for path in chain.from_iterable(leavings):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _built(self, key: str) -> GuestImage | None:
-        """The image that these inputs gave before, made the default again."""
+        """The image that these inputs gave before."""
         try:
             digest = (self._home / "inputs" / key).read_text()
-            image = load_guest_image(self._cache, digest)
+            return load_guest_image(self._cache, digest)
         except (OSError, VoidboxError):
             return None
-        os.utime(image.directory)
-        self._make_default(image)
-        return image
 
-    def _make_default(self, image: GuestImage) -> None:
-        link = self._home / f"{_SCRATCH}default"
-        link.unlink(missing_ok=True)
-        link.symlink_to(image.directory.name)
-        link.rename(self._home / "default")
+    def settle(self, image: GuestImage, *, make_default: bool) -> None:
+        """Mark `image` as just used, name it the default if wanted, and remove old ones."""
+        os.utime(image.directory)
+        if make_default:
+            link = self._home / f"{_SCRATCH}default"
+            link.unlink(missing_ok=True)
+            link.symlink_to(image.directory.name)
+            link.rename(self._home / "default")
+        self._prune()
 
     async def _base(self, key: str, trees: Sequence[Path], wheels: Sequence[Wheel]) -> list[cpio.Entry]:
         """Everything but kernel modules and this project's files, kept as an archive by `key`."""
@@ -305,11 +317,7 @@ class _Builder:
         self, project: Mapping[str, tuple[int, bytes]], trees: Sequence[Path]
     ) -> list[cpio.Entry]:
         interpreter = _interpreter(dict(zip(PACKAGES, trees, strict=True)))
-        sources = {
-            f"/{name}": content
-            for name, (_, content) in project.items()
-            if name.endswith(".py")
-        }
+        sources = {f"/{name}": content for name, (_, content) in project.items() if name.endswith(".py")}
         compiled = await compile_sources(interpreter, sources, report=self._report)
         entries = [cpio.file(name, content, mode) for name, (mode, content) in project.items()]
         return [*entries, *beside_source(compiled)]
@@ -344,30 +352,36 @@ class _Builder:
             }
             (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             sync_tree(scratch)
-            final = self._home / digest.removeprefix("sha256:")
-            if final.exists():  # the same bytes from other inputs, or a damaged one
-                shutil.rmtree(final)
-            scratch.rename(final)
+            self._take_over(scratch, digest)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        sync_tree(self._home)
+        sync(self._home)
         image = load_guest_image(self._cache, digest)
         _write_text(self._home / "inputs" / key, digest)
-        self._make_default(image)
-        self._prune(image)
         return image
 
-    def _prune(self, newest: GuestImage) -> None:
-        """Remove all but the last few images, and the base archives of older builders."""
-        images = [
-            path for path in self._home.iterdir() if _HEX.fullmatch(path.name) and path != newest.directory
-        ]
-        for path in sorted(images, key=lambda path: path.stat().st_mtime, reverse=True)[_KEPT - 1 :]:
+    def _take_over(self, scratch: Path, digest: str) -> None:
+        """Give a finished directory its name, unless other inputs gave the same bytes before.
+
+        Boxes may be starting from that one, so it is not replaced by its equal.
+        """
+        final = self._home / digest.removeprefix("sha256:")
+        try:
+            verify_guest_image(load_guest_image(self._cache, digest))
+        except VoidboxError:
+            if final.exists():
+                shutil.rmtree(final)
+            scratch.rename(final)
+
+    def _prune(self) -> None:
+        """Remove all but the last few images, and what older builders kept."""
+        default = (self._home / "default").resolve()
+        images = [path for path in self._home.iterdir() if _HEX.fullmatch(path.name) and path != default]
+        for path in _newest_first(images)[_KEPT:]:
             shutil.rmtree(path, ignore_errors=True)
-        bases = sorted(
-            (self._home / "base").glob("*.cpio"), key=lambda path: path.stat().st_mtime, reverse=True
-        )
-        for path in bases[2:]:
+        for path in _newest_first((self._home / "base").glob("*.cpio"))[2:]:
+            path.unlink(missing_ok=True)
+        for path in _newest_first((self._home / "inputs").glob("*"))[100:]:
             path.unlink(missing_ok=True)
 
 
@@ -408,6 +422,10 @@ def _project_files(source: Path) -> Iterator[tuple[str, tuple[int, bytes]]]:
             if path.suffix == ".py":
                 name = path.relative_to(stubs).as_posix()
                 yield f"{SITE}/voidbox/{service}/{name}", _mode_and_content(path)
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _plain_files(root: Path) -> Iterator[Path]:
@@ -504,7 +522,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kernel", default="debian", help="debian, slim, or the path of a kernel (default: debian)"
     )
     parser.add_argument("--cache", type=Path, help="cache directory (default: by XDG rules)")
+    parser.add_argument(
+        "--source", type=Path, help="directory with guest/ and voidbox/ (default: this project)"
+    )
     parser.add_argument("--refresh", action="store_true", help="look for newer Debian packages")
+    parser.add_argument("--no-default", action="store_true", help="leave the default image as it is")
     parser.add_argument("--if-needed", action="store_true", help="do nothing if there is a default image")
     options = parser.parse_args(argv)
     cache = options.cache or Paths.from_env(os.environ).cache
@@ -527,6 +549,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=printer(tty, write),
                 env=network_env(os.environ),
                 refresh=options.refresh,
+                source=options.source,
+                make_default=not options.no_default,
             )
         )
     except VoidboxError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ from typing import Literal
 
 from services.common.errors import Corrupt, InvalidInput, NotFound
 from services.imager import cpio
-from services.imager.debian import Debian, Package
+from services.imager.debian import Debian, Package, sync_tree
 from services.imager.kernel import (
     MAX_BZIMAGE,
     MAX_VMLINUX,
@@ -153,7 +152,7 @@ def save_kernel(
 ) -> GuestKernel:
     """Keep a kernel at `home`, which appears whole or not at all."""
     home.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="kernel-", dir=home.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{flavor}-save-", dir=home.parent))
     try:
         scratch.chmod(0o755)
         (scratch / "vmlinux").write_bytes(vmlinux)
@@ -233,16 +232,6 @@ def file_kernel(path: Path, cache: Path) -> GuestKernel:
     return load_kernel(home) or save_kernel(
         home, extract_vmlinux(image, str(path)), module_entries(), flavor="file"
     )
-
-
-def sync_tree(directory: Path) -> None:
-    """Flush every file below `directory`, and the directory, to the disk."""
-    for path in [*directory.iterdir(), directory]:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _sha256(data: bytes) -> str:

@@ -214,7 +214,7 @@ def module_dependencies(content: bytes, name: str) -> Sequence[str]:
         raise Corrupt(f"module {name} has no .modinfo", reason="BAD_MODULE", module=name)
     for item in bytes(section).split(b"\0"):
         if item.startswith(b"depends="):
-            depends = item.removeprefix(b"depends=").decode()
+            depends = item.removeprefix(b"depends=").decode("ascii", "replace")
             return [word.replace("-", "_") for word in depends.split(",") if word]
     return ()
 

@@ -84,6 +84,8 @@ async def _download(lock: Path, home: Path, env: Mapping[str, str], report: Repo
             reason="PROGRAM_MISSING",
         )
     report(Progress(subject="Python wheels", action="download"))
+    for leaving in home.parent.glob("download-*"):  # of a killed build: this one has the lock
+        await asyncio.to_thread(shutil.rmtree, leaving, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix="download-", dir=home.parent))
     argv = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     argv += [
