@@ -27,7 +27,6 @@ from services.common.errors import VoidboxError, from_rpc_error
 from services.common.paths import Paths
 from services.common.supervision import FD_VARIABLE, READY
 from services.hypervisor.layout import Layout
-from services.hypervisor.registry import reap
 from services.imager.guest_image import GuestImage, load_guest_image
 from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
 from voidbox.hypervisor.v1 import hypervisor_pb2, hypervisor_pb2_grpc
@@ -98,26 +97,28 @@ class HypervisorProcess:
     def __exit__(self, *_: object) -> None:
         try:
             self.stop()
-            reap(self.paths.state)
+            self.reap()
             self.assert_nothing_runs()
         finally:
             if self._owned is not None:
                 self._owned.cleanup()
 
+    def _environment(self) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.directory),
+            "VOIDBOX_STATE_DIR": str(self.paths.state),
+            "VOIDBOX_CACHE_DIR": str(self.paths.cache),
+            "VOIDBOX_RUNTIME_DIR": str(self.paths.runtime),
+            "PYTHONPATH": str(ROOT),
+            **self._env,
+        }
+
     def start(self) -> None:
         """Start the service and wait until it serves."""
         ours, theirs = socket.socketpair()
         with ours, theirs, self.log.open("ab") as log:
-            env = {
-                "PATH": os.environ["PATH"],
-                "HOME": str(self.directory),
-                "VOIDBOX_STATE_DIR": str(self.paths.state),
-                "VOIDBOX_CACHE_DIR": str(self.paths.cache),
-                "VOIDBOX_RUNTIME_DIR": str(self.paths.runtime),
-                FD_VARIABLE: str(theirs.fileno()),
-                "PYTHONPATH": str(ROOT),
-                **self._env,
-            }
+            env = self._environment() | {FD_VARIABLE: str(theirs.fileno())}
             self.process = subprocess.Popen(
                 [*self._command, sys.executable, "-P", "-m", "services.hypervisor", *self._flags],
                 stdin=subprocess.DEVNULL,
@@ -147,6 +148,19 @@ class HypervisorProcess:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(STOP_SECONDS)
         self._tie.close()
+
+    def reap(self) -> list[str]:
+        """End and remove what boxes are left; their ids."""
+        done = subprocess.run(
+            [*self._command, sys.executable, "-P", "-m", "services.hypervisor.reap"],
+            env=self._environment(),
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
 
     def restart(self) -> None:
         """Start it again after `kill` or `stop`."""

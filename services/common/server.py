@@ -73,7 +73,7 @@ async def serve(
     register(server)
     server.add_generic_rpc_handlers(tuple(handlers))
     checker = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    health_pb2_grpc.add_HealthServicer_to_server(checker, _GenericOnly(server))  # type: ignore[arg-type]
     channelz.add_channelz_servicer(server)
     reflection.enable_server_reflection(
         (*names, *forwarded, health.SERVICE_NAME, CHANNELZ, reflection.SERVICE_NAME), server
@@ -93,6 +93,22 @@ async def serve(
         for address in bound:
             if address.path:
                 address.path.unlink(missing_ok=True)
+
+
+class _GenericOnly:
+    """Registers a servicer's generic handler only, so that `handlers`, added before, may take its calls.
+
+    gRPC asks for registered methods first, whatever was added before them.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        self._server.add_generic_rpc_handlers(tuple(handlers))
+
+    def add_registered_method_handlers(self, service: str, methods: object) -> None:
+        """Nothing: see the class."""
 
 
 def _bind(server: grpc.aio.Server, address: Address) -> Address:

@@ -23,7 +23,8 @@ from services.hypervisor.config import Config
 from services.hypervisor.inputs import Identity
 from services.hypervisor.layout import Layout
 from services.hypervisor.probe import Prober
-from services.hypervisor.registry import Registry
+from services.hypervisor.qemu import QemuDriver
+from services.hypervisor.registry import DriverFactory, Registry
 from services.hypervisor.routing import GUEST_SERVICE, BoxForwarder
 from services.hypervisor.servicer import HypervisorServicer
 from voidbox.hypervisor.v1 import hypervisor_pb2, hypervisor_pb2_grpc
@@ -34,7 +35,9 @@ HYPERVISOR = hypervisor_pb2.DESCRIPTOR.services_by_name["HypervisorService"].ful
 
 
 @contextlib.asynccontextmanager
-async def running(config: Config, paths: Paths) -> AsyncIterator[list[Address]]:
+async def running(
+    config: Config, paths: Paths, *, driver: DriverFactory = QemuDriver
+) -> AsyncIterator[list[Address]]:
     """The hypervisor while the block runs; yields the addresses that it listens on.
 
     Boxes go on when the block ends.
@@ -52,7 +55,9 @@ async def running(config: Config, paths: Paths) -> AsyncIterator[list[Address]]:
     layout = Layout(paths.state)
     with layout.locked():
         prober = Prober(layout.probes, user, system=config.qemu, image=config.qemu_img)
-        async with Registry(layout, prober, user, memory_overcommit=config.memory_overcommit) as registry:
+        async with Registry(
+            layout, prober, user, memory_overcommit=config.memory_overcommit, driver=driver
+        ) as registry:
             servicer = HypervisorServicer(registry, prober)
             async with serve(
                 [listen],

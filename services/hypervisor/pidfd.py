@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import signal
+import time
 from pathlib import Path
 
 from services.common.errors import NotFound
@@ -117,27 +118,33 @@ class Process:
 
 
 def kill_now(pid: int, started: int, seconds: float = 5.0) -> bool:
-    """Kill the process group led by `pid` if it is still that process; whether it is gone.
+    """Kill the process group led by `pid` if it is still that process; whether it and its children are gone.
 
     Synchronous: for clean-up without an event loop.
     """
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
+    if start_time(pid) != started:
         return True
-    try:
+    with contextlib.ExitStack() as stack:
+        watched = []
+        for member in (pid, *children(pid)):
+            with contextlib.suppress(ProcessLookupError):
+                watched.append(os.pidfd_open(member))
+                stack.callback(os.close, watched[-1])
         if start_time(pid) != started:
             return True
-        family = [pid, *children(pid)]
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        gone = bool(poller.poll(seconds * 1000))
+        for fd in watched:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+        deadline = time.monotonic() + seconds
+        gone = all(_ends_by(fd, deadline) for fd in watched)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
-        return gone and all(start_time(member) is None for member in family[1:])
-    finally:
-        os.close(fd)
+        return gone
+
+
+def _ends_by(pidfd: int, deadline: float) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from services.hypervisor import admission, prepare, record
 from services.hypervisor.admission import Host
 from services.hypervisor.box import DEFAULT_STOP_GRACE, Box, Phases
 from services.hypervisor.claim import Identity
+from services.hypervisor.driver import Driver
 from services.hypervisor.inputs import Identity as MachineUser
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import BoxConfig, BoxRecord, check_box_id
 from services.hypervisor.pidfd import host_boot_id, kill_now
 from services.hypervisor.probe import Prober
+from services.hypervisor.programs import Programs
 from services.hypervisor.qemu import QemuDriver
 from services.hypervisor.states import BoxState
 from services.hypervisor.watch import Watchers
@@ -29,6 +31,10 @@ log = logging.getLogger(__name__)
 
 DEFAULT_START_SECONDS = 120.0
 STOPPED_BY_CALLER = "stopped on request"
+
+
+DriverFactory = Callable[[Programs | None], Driver]
+"""Makes a driver; without programs it only has to adopt."""
 
 
 @dataclass(slots=True)
@@ -46,12 +52,19 @@ class Registry:
     """
 
     def __init__(
-        self, layout: Layout, prober: Prober, machine_user: MachineUser, *, memory_overcommit: float
+        self,
+        layout: Layout,
+        prober: Prober,
+        machine_user: MachineUser,
+        *,
+        memory_overcommit: float,
+        driver: DriverFactory = QemuDriver,
     ) -> None:
         self._layout = layout
         self._prober = prober
         self._machine_user = machine_user
         self._overcommit = memory_overcommit
+        self._driver = driver
         self._boxes: dict[str, Box] = {}
         self._creations: dict[str, _Creation] = {}
         self.watchers = Watchers()
@@ -86,7 +99,7 @@ class Registry:
         return found
 
     async def _take_up(self, box: Box) -> None:
-        driver = QemuDriver()
+        driver = self._driver(None)
         if box.record.host_boot_id != host_boot_id():
             await box.bury(driver, "the host has restarted")
             return
@@ -245,7 +258,7 @@ class Registry:
                 env=config.env,
             )
             phases.add("prepare")
-            await box.start(QemuDriver(found), plan, identity, start_seconds, phases)
+            await box.start(self._driver(found), plan, identity, start_seconds, phases)
 
     async def stop(self, box_id: str, grace: float = DEFAULT_STOP_GRACE) -> BoxRecord:
         """End a box. Idempotent.
@@ -311,12 +324,13 @@ def reap(state: Path) -> list[str]:
         return killed
     with layout.locked():
         for box_id in layout.box_ids():
+            found = None
             with contextlib.suppress(OSError, VoidboxError):
                 found = record.load(layout.box(box_id))
-                if found.shim_pid and found.host_boot_id == host_boot_id() and found.state.alive:
-                    if not kill_now(found.shim_pid, found.shim_start):
-                        raise Internal(f"box {box_id}: process {found.shim_pid} does not end", reason="STUCK")
-                    killed.append(box_id)
+            if found and found.shim_pid and found.host_boot_id == host_boot_id() and found.state.alive:
+                if not kill_now(found.shim_pid, found.shim_start):
+                    raise Internal(f"box {box_id}: process {found.shim_pid} does not end", reason="STUCK")
+                killed.append(box_id)
             layout.remove(box_id)
         layout.empty_trash()
     return killed

@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -203,6 +204,10 @@ class Shim:
                 # of ours. Being its parent is what Yama asks for; same user and dumpable the rest.
                 memory = os.open(f"/proc/{self._pid}/mem", os.O_RDWR | os.O_CLOEXEC)
             except OSError as error:
+                # A QEMU that dislikes its command line is gone before this; its exit says why.
+                if select.select([self._pidfd], [], [], GONE_SECONDS)[0]:
+                    self._exited(IN)
+                    return
                 raise SetupFailed(f"cannot open the machine's memory: {error}") from error
             VsockDevice(
                 self._loop,

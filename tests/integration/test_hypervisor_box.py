@@ -9,7 +9,6 @@ import subprocess
 import uuid
 from pathlib import Path
 
-import grpc
 import pytest
 
 from services.common.errors import (

@@ -5,11 +5,10 @@ Each test has a service of its own, which it harms.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from services.hypervisor.inputs import Identity
 from services.hypervisor.pidfd import children, start_time
 from services.hypervisor.probe import Prober
 from services.hypervisor.registry import reap
-from tests.vm import BOX_KEY, HypervisorProcess, box_config, guest_image, refused
+from tests.vm import BOX_KEY, HypervisorProcess, box_config, guest_image, host_directory, refused
 from voidbox.guest.v1 import guest_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 
@@ -55,8 +54,8 @@ async def test_a_killed_hypervisor_finds_its_box_and_its_running_program_again()
             attach = client.guest.Attach(metadata=((BOX_KEY, "stays"),), timeout=60)
             opening = guest_pb2.AttachOpen(exec_id="count", stdout_offset=len(seen))
             await attach.write(guest_pb2.AttachRequest(open=opening))
-            async for message in attach:
-                seen += message.event.output.data
+            async for event in attach:
+                seen += event.event.output.data
             assert bytes(seen) == b"".join(b"line %d\n" % n for n in range(400))
             resumed = (await client.hypervisor.ResumeBox(pb.ResumeBoxRequest(box_id="paused"))).box
             assert resumed.state == pb.BOX_STATE_RUNNING
@@ -123,13 +122,7 @@ async def test_reap_leaves_nothing_of_a_service_that_is_gone() -> None:
                 reap(service.paths.state)
             service.kill()
         assert start_time(box.vmm_pid) is not None
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "services.hypervisor.reap", "--state", str(service.paths.state)],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        assert done.stdout.split() == ["orphan"]
+        assert await asyncio.to_thread(service.reap) == ["orphan"]
         assert start_time(box.vmm_pid) is None
         service.assert_nothing_runs()
 
@@ -150,16 +143,16 @@ async def test_without_qemu_the_error_names_the_command_to_type(tmp_path: Path) 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the tests already run as an unprivileged user")
-async def test_an_unprivileged_user_runs_boxes_with_mounts(tmp_path: Path) -> None:
-    uid = 65534
-    home = tmp_path / "home"
+async def test_an_unprivileged_user_runs_boxes_with_mounts() -> None:
+    with host_directory(65534) as home:
+        await run_unprivileged(65534, home)
+
+
+async def run_unprivileged(uid: int, home: Path) -> None:
+    """Everything of the service belongs to `uid` and is in `home`."""
     share = home / "share"
-    share.mkdir(parents=True)
-    for path in (home, share):
-        os.chown(path, uid, uid)
-    for path in (tmp_path, *tmp_path.parents):
-        if path.stat().st_uid == 0 and str(path).startswith("/tmp/"):
-            path.chmod(path.stat().st_mode | 0o011)
+    share.mkdir()
+    os.chown(share, uid, uid)
     image = home / "image"
     image.mkdir()
     for file in (guest_image().kernel, guest_image().initramfs):

@@ -1,0 +1,406 @@
+"""Every call of HypervisorService, and the forwarding to guests, on the real server with fake machines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.common.channel import open_channel
+from services.common.errors import (
+    AlreadyExists,
+    Denied,
+    Internal,
+    InvalidInput,
+    NotBuilt,
+    NotFound,
+    Unavailable,
+    VoidboxError,
+    WrongState,
+)
+from services.common.paths import Paths
+from services.hypervisor.__main__ import running
+from services.hypervisor.config import Config
+from services.hypervisor.failure import Remains
+from tests.contract.hypervisor_fakes import BOOT_ID, FakeDriver, FakeGuest
+from tests.vm import BOX_KEY, Client, refused
+from voidbox.common.v1 import common_pb2
+from voidbox.guest.v1 import guest_pb2
+from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
+
+NOT_BUILT = {
+    "ForkBox", "UpdateBox", "BuildTemplate", "ListTemplates", "DeleteTemplate", "CreateSnapshot",
+    "GetSnapshot", "ListSnapshots", "DeleteSnapshot", "CreateVolume", "ListVolumes", "DeleteVolume",
+}  # fmt: skip
+
+
+class Harness(Client):
+    """The service with fake machines, and a client of it."""
+
+    def __init__(self, channel: Any, driver: FakeDriver, directory: Path) -> None:
+        super().__init__(channel)
+        self.driver = driver
+        self.kernel = directory / "vmlinux"
+        self.kernel.write_bytes(b"\x7fELF\x02\x01".ljust(18, b"\0") + b"\x3e\0".ljust(2000, b"\0"))
+        self.initramfs = directory / "initramfs.cpio"
+        self.initramfs.write_bytes(b"070701" + bytes(2000))
+
+    def config(self, **changes: Any) -> pb.BoxConfig:
+        values: dict[str, Any] = {
+            "kernel_path": str(self.kernel),
+            "initramfs_path": str(self.initramfs),
+            "resources": {"memory_mib": 64},
+        }
+        return pb.BoxConfig(**(values | changes))
+
+    async def create(self, box_id: str, **changes: Any) -> pb.Box:
+        request = pb.CreateBoxRequest(box_id=box_id, config=self.config(**changes))
+        return (await self.hypervisor.CreateBox(request, timeout=20)).box
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Harness]:
+    driver = FakeDriver()
+    paths = Paths(state=tmp_path / "state", cache=tmp_path / "cache", runtime=tmp_path / "rt")
+    async with contextlib.AsyncExitStack() as stack:
+        addresses = await stack.enter_async_context(running(Config(), paths, driver=driver))
+        channel = await stack.enter_async_context(open_channel(addresses[0]))
+        yield Harness(channel, driver, tmp_path)
+        for machine in driver.machines.values():
+            await machine.close()
+
+
+async def create(service: Harness) -> None:
+    box = await service.create("b", labels={"a": "1"}, env={"X": "y"})
+    assert (box.id, box.state, box.boot_id, box.origin) == ("b", pb.BOX_STATE_RUNNING, BOOT_ID, "boot")
+    assert box.config == service.config(
+        labels={"a": "1"}, env={"X": "y"}, resources={"memory_mib": 64, "vcpus": 1}
+    )
+    assert [phase.name for phase in box.phases] == ["prepare", "spawn", "boot"]
+    assert box.create_time.ToNanoseconds() < box.ready_time.ToNanoseconds()
+    claim = service.driver.machines["b"].guest.claims[0]
+    assert (claim.box_id, claim.hostname, dict(claim.env)) == ("b", "b", {"X": "y"})
+    assert (len(claim.secret), len(claim.machine_id), len(claim.entropy)) == (32, 16, 64)
+    chosen = await service.create("")
+    assert chosen.id.startswith("box-")
+
+
+async def get(service: Harness) -> None:
+    assert isinstance(await refused(service.get("b")), NotFound)
+    assert isinstance(await refused(service.get("B!")), InvalidInput)
+    assert await service.create("b") == await service.get("b")
+
+
+async def list_boxes(service: Harness) -> None:
+    for name in ("c", "a", "b"):
+        await service.create(name, labels={"kind": "x"} if name != "a" else {})
+    first = await service.hypervisor.ListBoxes(pb.ListBoxesRequest(page_size=2))
+    rest = await service.hypervisor.ListBoxes(
+        pb.ListBoxesRequest(page_size=2, page_token=first.next_page_token)
+    )
+    assert [box.id for box in (*first.boxes, *rest.boxes)] == ["c", "a", "b"]
+    assert rest.next_page_token == ""
+    labelled = await service.hypervisor.ListBoxes(pb.ListBoxesRequest(labels={"kind": "x"}))
+    assert [box.id for box in labelled.boxes] == ["c", "b"]
+    for bad in (pb.ListBoxesRequest(page_size=-1), pb.ListBoxesRequest(page_token="%%")):
+        assert isinstance(await refused(service.hypervisor.ListBoxes(bad)), InvalidInput)
+
+
+async def watch(service: Harness) -> None:
+    await service.create("old")
+    seen: list[tuple[str, int, bool]] = []
+    stream = service.hypervisor.WatchBoxes(pb.WatchBoxesRequest(), timeout=20)
+    changes = aiter(stream)
+    change = await anext(changes)
+    assert (change.box.id, change.box.state) == ("old", pb.BOX_STATE_RUNNING)
+    await service.create("new")
+    await service.delete("new")
+    async for change in changes:
+        seen.append((change.box.id, change.box.state, change.deleted))
+        if change.deleted:
+            break
+    assert ("new", pb.BOX_STATE_RUNNING, False) in seen
+    assert seen[-1] == ("new", pb.BOX_STATE_STOPPED, True)
+    stream.cancel()
+
+    async def unknown() -> None:
+        async for _ in service.hypervisor.WatchBoxes(pb.WatchBoxesRequest(box_id="nobody"), timeout=20):
+            pass
+
+    assert isinstance(await refused(unknown()), NotFound)
+
+
+async def stop(service: Harness) -> None:
+    await service.create("b")
+    for _ in range(2):
+        box = (await service.hypervisor.StopBox(pb.StopBoxRequest(box_id="b"))).box
+        assert (box.state, box.reason, box.vmm_pid) == (pb.BOX_STATE_STOPPED, "stopped on request", 0)
+        assert box.HasField("end_time")
+    request = pb.StopBoxRequest(box_id="b")
+    request.grace.FromSeconds(-1)
+    assert isinstance(await refused(service.hypervisor.StopBox(request)), InvalidInput)
+    assert isinstance(await refused(service.hypervisor.StopBox(pb.StopBoxRequest(box_id="x"))), NotFound)
+
+
+async def delete(service: Harness) -> None:
+    await service.create("b")
+    for _ in range(2):
+        await service.hypervisor.DeleteBox(pb.DeleteBoxRequest(box_id="b"))
+        assert isinstance(await refused(service.get("b")), NotFound)
+
+
+async def pause(service: Harness) -> None:
+    await service.create("b")
+    box = (await service.hypervisor.PauseBox(pb.PauseBoxRequest(box_id="b"))).box
+    assert box.state == pb.BOX_STATE_PAUSED
+    await service.hypervisor.StopBox(pb.StopBoxRequest(box_id="b"))
+    error = await refused(service.hypervisor.PauseBox(pb.PauseBoxRequest(box_id="b")))
+    assert isinstance(error, WrongState)
+    assert "stopped on request" in error.message
+
+
+async def resume(service: Harness) -> None:
+    await service.create("b")
+    await service.hypervisor.PauseBox(pb.PauseBoxRequest(box_id="b"))
+    for _ in range(2):
+        box = (await service.hypervisor.ResumeBox(pb.ResumeBoxRequest(box_id="b"))).box
+        assert box.state == pb.BOX_STATE_RUNNING
+
+
+async def stats(service: Harness) -> None:
+    await service.create("b")
+    told = await service.hypervisor.GetBoxStats(pb.GetBoxStatsRequest(box_id="b"))
+    assert told.resident_bytes > 0
+    assert (told.vsock_sent_bytes, told.vsock_received_bytes) == (11, 22)
+
+
+async def read_console(service: Harness) -> None:
+    await service.create("b")
+
+    async def read(offset: int, *, follow: bool = False) -> bytes:
+        request = pb.ReadConsoleRequest(box_id="b", offset=offset, follow=follow)
+        stream = service.hypervisor.ReadConsole(request, timeout=20)
+        return b"".join([piece.data async for piece in stream])
+
+    assert await read(0) == b"hello from the console\n"
+    assert await read(-8) == b"console\n"
+    assert await read(10**6) == b""
+    following = asyncio.create_task(read(6, follow=True))
+    service.driver.machines["b"].end(Remains(recorded=True, exit_code=0))
+    assert await following == b"from the console\n"
+
+
+async def forward_port(service: Harness) -> None:
+    await service.create("b")
+    call = service.hypervisor.ForwardPort(timeout=20)
+    await call.write(pb.ForwardPortRequest(open=pb.ForwardPortOpen(box_id="b", port=80)))
+    answers = aiter(call)
+    assert (await anext(answers)).data == b""
+    await call.write(pb.ForwardPortRequest(data=b"echo"))
+    assert (await anext(answers)).data == b"echo"
+    await call.done_writing()
+    assert [piece async for piece in answers] == []
+
+
+async def capabilities(service: Harness) -> None:
+    told = await service.hypervisor.GetCapabilities(pb.GetCapabilitiesRequest(refresh=True))
+    assert told.host_cpus > 0
+    assert 0 < told.available_memory_mib <= told.host_memory_mib
+    assert "fork" in told.missing_features
+
+
+CASES: dict[str, Callable[[Harness], Awaitable[None]]] = {
+    "GetCapabilities": capabilities,
+    "CreateBox": create,
+    "GetBox": get,
+    "ListBoxes": list_boxes,
+    "WatchBoxes": watch,
+    "StopBox": stop,
+    "DeleteBox": delete,
+    "PauseBox": pause,
+    "ResumeBox": resume,
+    "GetBoxStats": stats,
+    "ReadConsole": read_console,
+    "ForwardPort": forward_port,
+}
+METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["HypervisorService"].methods]
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_every_call_does_what_it_says_or_says_that_it_is_not_built(
+    service: Harness, method: str
+) -> None:
+    if method not in NOT_BUILT:
+        await CASES[method](service)
+        return
+    error = await refused(getattr(service.hypervisor, method)(getattr(pb, f"{method}Request")()))
+    assert isinstance(error, NotBuilt)
+    assert error.reason == "NOT_IMPLEMENTED"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"kernel_path": ""}, InvalidInput, "kernel_path is missing"),
+        ({"egress": {"enabled": True}}, NotBuilt, "network"),
+        ({"snapshot": "s"}, NotBuilt, "snapshot"),
+        ({"root_disk": {"volume": "v"}}, NotBuilt, "volumes"),
+        ({"accelerator": pb.ACCELERATOR_HVF}, InvalidInput, "ACCELERATOR_HVF"),
+        ({"hostname": "a.b"}, InvalidInput, "DNS label"),
+        ({"env": {"A=B": "c"}}, InvalidInput, "A=B"),
+        ({"root_disk": {"base_path": "/x", "format": "vmdk"}}, InvalidInput, "vmdk"),
+        ({"disks": [{"base_path": "/x", "guest_path": "rel"}]}, InvalidInput, "rel"),
+        ({"disks": [{"base_path": "/x", "guest_path": "/d"}] * 2}, InvalidInput, "two mounts"),
+        ({"disks": [{"base_path": "/x", "guest_path": "/d"}] * 17}, InvalidInput, "at most 16"),
+        ({"root_disk": {"base_path": "/x", "base_digest": {"value": "md5:1"}}}, InvalidInput, "sha256"),
+        ({"max_lifetime": {"seconds": -1}}, InvalidInput, "max_lifetime"),
+        ({"kernel_path": "/etc/hostname"}, InvalidInput, "neither a vmlinux"),
+    ],
+)
+async def test_bad_configurations_are_refused_by_name(
+    service: Harness, changes: dict[str, Any], kind: type[VoidboxError], words: str
+) -> None:
+    error = await refused(service.create("bad", **changes))
+    assert type(error) is kind, error
+    assert words in error.message
+    assert isinstance(await refused(service.get("bad")), NotFound)
+
+
+async def test_the_secret_is_added_and_never_shown(service: Harness) -> None:
+    box = await service.create("b")
+    await service.guest.GetGuest(guest_pb2.GetGuestRequest(), metadata=((BOX_KEY, "b"),))
+    guest = service.driver.machines["b"].guest
+    assert guest.secrets == [guest.claims[0].secret]
+    assert guest.claims[0].secret not in box.SerializeToString()
+    other = await service.create("c")
+    assert service.driver.machines["c"].guest.claims[0].secret != guest.claims[0].secret
+    assert other.id == "c"
+
+
+async def test_health_of_a_box_and_of_the_service_are_two_things(service: Harness) -> None:
+    await service.create("b")
+    stub: Any = health_pb2_grpc.HealthStub(service.channel)
+    own = await stub.Check(health_pb2.HealthCheckRequest())
+    assert own.status == health_pb2.HealthCheckResponse.SERVING
+    guests = await stub.Check(health_pb2.HealthCheckRequest(service="guest"), metadata=((BOX_KEY, "b"),))
+    assert guests.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.mark.parametrize("method", ["Claim", "Mount", "ConfigureNetwork"])
+async def test_reserved_calls_are_denied(service: Harness, method: str) -> None:
+    await service.create("b")
+    request = getattr(guest_pb2, f"{method}Request")()
+    error = await refused(getattr(service.guest, method)(request, metadata=((BOX_KEY, "b"),)))
+    assert isinstance(error, Denied)
+
+
+@pytest.mark.parametrize(
+    "item", ["hostname_set", "machine_id_set", "clock_set", "entropy_added", "root_disk_mounted"]
+)
+async def test_a_guest_that_does_not_confirm_an_item_is_not_served(service: Harness, item: str) -> None:
+    class Lax(FakeGuest):
+        def __init__(self) -> None:
+            super().__init__()
+            self.confirm = {item: False}
+
+    service.driver.guest = Lax
+    error = await refused(service.create("b"))
+    assert isinstance(error, Internal)
+    assert error.reason == "CLAIM_UNCONFIRMED"
+    assert isinstance(await refused(service.get("b")), NotFound)
+
+
+async def test_a_start_that_fails_leaves_nothing_and_may_be_tried_again(
+    service: Harness, tmp_path: Path
+) -> None:
+    service.driver.refuse = True
+    assert isinstance(await refused(service.create("b")), WrongState)
+    assert list((tmp_path / "state/hypervisor/boxes").iterdir()) == []
+    service.driver.refuse = False
+    assert (await service.create("b")).state == pb.BOX_STATE_RUNNING
+
+
+async def test_the_same_request_from_many_callers_makes_one_box(service: Harness) -> None:
+    boxes = await asyncio.gather(*(service.create("b") for _ in range(10)))
+    assert len({box.create_time.ToNanoseconds() for box in boxes}) == 1
+    assert len(service.driver.plans) == 1
+    error = await refused(service.create("b", labels={"x": "y"}))
+    assert isinstance(error, AlreadyExists)
+
+
+async def test_mounts_are_checked_and_mounted_after_the_claim(service: Harness, tmp_path: Path) -> None:
+    share = tmp_path / "share"
+    share.mkdir(mode=0o755)
+    tmp_path.chmod(0o755)
+    mount = common_pb2.Mount(host_path=str(share), guest_path="/mnt/a")
+    box = await service.create("b", mounts=[mount])
+    assert [phase.name for phase in box.phases][-1] == "mount"
+    (asked,) = service.driver.machines["b"].guest.mounts
+    assert (asked.source, asked.type, asked.path) == ("m0", guest_pb2.MOUNT_TYPE_9P, "/mnt/a")
+    assert asked.mode == common_pb2.MOUNT_MODE_READ_ONLY
+    missing = common_pb2.Mount(host_path=str(tmp_path / "none"), guest_path="/mnt/a")
+    error = await refused(service.create("c", mounts=[missing]))
+    assert isinstance(error, InvalidInput)
+    assert "c" not in service.driver.machines
+
+
+async def test_calls_of_a_box_that_dies_end_with_its_reason(service: Harness) -> None:
+    await service.create("b")
+    call = service.guest.Exec(metadata=((BOX_KEY, "b"),), timeout=20)
+    await call.write(guest_pb2.ExecRequest(start=guest_pb2.ExecStart(program="x")))
+    events = aiter(call)
+    assert (await anext(events)).event.HasField("started")
+    service.driver.machines["b"].end(Remains(recorded=True, exit_signal=9))
+    error = await refused(anext(events))
+    assert isinstance(error, Unavailable)
+    assert error.reason == "BOX_DIED"
+    assert error.metadata["box"] == "b"
+    assert "SIGKILL" in error.metadata["end_reason"]
+    box = await service.get("b")
+    assert box.state == pb.BOX_STATE_FAILED
+    later = await refused(service.guest.GetGuest(guest_pb2.GetGuestRequest(), metadata=((BOX_KEY, "b"),)))
+    assert isinstance(later, WrongState)
+    assert "SIGKILL" in later.message
+
+
+async def test_a_guest_that_powers_off_unasked_has_failed_and_asked_has_stopped(service: Harness) -> None:
+    await service.create("a")
+    await service.create("b")
+    service.driver.machines["a"].guest.on_shutdown()
+    await service.guest.Shutdown(guest_pb2.ShutdownRequest(), metadata=((BOX_KEY, "b"),))
+    failed = await service.until("a", pb.BOX_STATE_FAILED)
+    assert "powered itself off" in failed.reason
+    stopped = await service.until("b", pb.BOX_STATE_STOPPED)
+    assert "as asked" in stopped.reason
+
+
+async def test_max_lifetime_and_idle_timeout_end_a_box(service: Harness) -> None:
+    await service.create("old", max_lifetime={"nanos": 300_000_000})
+    await service.create("idle", idle_timeout={"nanos": 200_000_000})
+    assert "max_lifetime" in (await service.until("old", pb.BOX_STATE_STOPPED)).reason
+    assert "idle_timeout" in (await service.until("idle", pb.BOX_STATE_STOPPED)).reason
+
+
+async def test_a_box_in_use_is_not_idle(service: Harness) -> None:
+    await service.create("b", idle_timeout={"nanos": 200_000_000})
+    call = service.guest.Exec(metadata=((BOX_KEY, "b"),), timeout=20)
+    await call.write(guest_pb2.ExecRequest(start=guest_pb2.ExecStart(program="x")))
+    events = aiter(call)
+    assert (await anext(events)).event.HasField("started")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await service.driver.machines["b"].ended.wait()
+    call.cancel()
+    assert "idle_timeout" in (await service.until("b", pb.BOX_STATE_STOPPED)).reason
+
+
+async def test_one_state_directory_has_one_owner(service: Harness, tmp_path: Path) -> None:
+    paths = Paths(state=tmp_path / "state", cache=tmp_path / "cache", runtime=tmp_path / "other")
+    with pytest.raises(WrongState, match="another hypervisor owns"):
+        async with running(Config(), paths):
+            pass
