@@ -71,6 +71,7 @@ class Machine:
         backend: str = "memfd",
         share: bool = False,
         uid: int | None = None,
+        started_by: int | None = None,
         reboots: bool = False,
         append: str = "",
     ) -> None:
@@ -80,6 +81,8 @@ class Machine:
         self.log = self.directory / "log"
         self.ram = self.directory / "ram"
         self.uid = uid
+        self._started_by = started_by
+        self._owner = started_by if uid is None else uid
         self.qemu_pid = 0
         self._backend = backend
         self._share = "on" if share else "off"
@@ -132,12 +135,12 @@ class Machine:
         if self._backend == "file":
             self.ram.write_bytes(b"")
             os.truncate(self.ram, 320 << 20)
-        if self.uid is not None:
+        if self._owner is not None:
             for path in (self.directory, *self.directory.iterdir()):
-                os.chown(path, self.uid, -1)
+                os.chown(path, self._owner, -1)
         with contextlib.ExitStack() as ours:
-            vhost = ours.enter_context(listener(self.directory / "vhost.sock", self.uid))
-            guest = ours.enter_context(listener(self.guest_socket, self.uid))
+            vhost = ours.enter_context(listener(self.directory / "vhost.sock", self._owner))
+            guest = ours.enter_context(listener(self.guest_socket, self._owner))
             kernel = ours.enter_context(open(image.kernel, "rb"))
             exit_file = ours.enter_context(open(self.directory / "exit.json", "wb"))
             ready, told = os.pipe()
@@ -167,6 +170,9 @@ class Machine:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                user=self._started_by,
+                group=self._started_by,
+                extra_groups=None if self._started_by is None else [],
             )
             with open(sink, "wb") as pipe:
                 pipe.write(config.to_json())

@@ -217,7 +217,7 @@ def test_the_console_is_kept(tmp_path: Path) -> None:
     command = f"echo hello > {out}; head -c 200000 /dev/zero > {out}; echo world > {out}"
     with open(tmp_path / "console", "w+b") as log:
         console_ring.create(log.fileno())
-        given = {"console_read_fd": read, "console_log_fd": log.fileno()}
+        given: dict[str, Any] = {"console_read_fd": read, "console_log_fd": log.fileno()}
         with Started(command, pass_fds=(write,), **given) as shim:
             os.close(read)
             os.close(write)
