@@ -156,9 +156,10 @@ class Execution:
         open_stream: Any = stub.Attach if self._join else stub.Exec
         call = open_stream(metadata=metadata)
         session = _Session(call, guest_pb2.AttachRequest if self._join else guest_pb2.ExecRequest)
-        feeder: asyncio.Task[None] | None = None
+        senders: list[asyncio.Task[None]] = []
         try:
             await call.write(self._first())
+            senders.append(asyncio.create_task(session.send_acks()))
             async for response in call:
                 event = response.event
                 match event.WhichOneof("event"):
@@ -166,8 +167,8 @@ class Execution:
                         self._seen = self._progress = True
                         session.taken = event.started.stdin_offset
                         session.window = event.started.stdin_window_bytes
-                        if self._program.stdin is not None and feeder is None:
-                            feeder = asyncio.create_task(session.feed(self._program.stdin))
+                        if self._program.stdin is not None and len(senders) == 1:
+                            senders.append(asyncio.create_task(session.feed(self._program.stdin)))
                     case "output":
                         self._progress = True
                         await self._output(event.output, session)
@@ -188,10 +189,9 @@ class Execution:
             raise from_rpc_error(status) from error
         finally:
             call.cancel()
-            if feeder is not None:
-                feeder.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await feeder
+            for sender in senders:
+                sender.cancel()
+            await asyncio.gather(*senders, return_exceptions=True)
 
     def _first(self) -> guest_pb2.ExecRequest | guest_pb2.AttachRequest:
         program = self._program
@@ -232,7 +232,7 @@ class Execution:
             self._offsets[stream] = have + len(fresh)
         if self._offsets[stream] - self._acked[stream] >= _ACK_BYTES:
             self._acked[stream] = self._offsets[stream]
-            await session.acknowledge(stream, self._offsets[stream])
+            session.acknowledge(stream, self._offsets[stream])
 
     def _check_whole(self, end: guest_pb2.ExecExit) -> None:
         said = {STDOUT: end.stdout_bytes, STDERR: end.stderr_bytes}
@@ -253,6 +253,8 @@ class _Session:
         # gRPC allows one write at a time.
         self._writing = asyncio.Lock()
         self._room = asyncio.Condition()
+        self._acks: dict[int, int] = {}
+        self._to_ack = asyncio.Event()
         self.taken = 0
         self.window = 0
 
@@ -260,10 +262,21 @@ class _Session:
         async with self._writing:
             await self._call.write(self._request(input=message))
 
-    async def acknowledge(self, stream: int, offset: int) -> None:
-        """Tell that all before `offset` is stored."""
-        ack = guest_pb2.OutputAck(stream=common_pb2.StdStream.ValueType(stream), offset=offset)
-        await self._send(guest_pb2.ExecInput(ack=ack))
+    def acknowledge(self, stream: int, offset: int) -> None:
+        """Tell that all before `offset` is stored; does not wait, as the reader must go on reading."""
+        self._acks[stream] = offset
+        self._to_ack.set()
+
+    async def send_acks(self) -> None:
+        """Send acknowledgements, of each stream the latest, until cancelled."""
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            while True:
+                await self._to_ack.wait()
+                self._to_ack.clear()
+                acks, self._acks = self._acks, {}
+                for stream, offset in acks.items():
+                    name = common_pb2.StdStream.ValueType(stream)
+                    await self._send(guest_pb2.ExecInput(ack=guest_pb2.OutputAck(stream=name, offset=offset)))
 
     async def moved(self, offset: int) -> None:
         """The program has taken all its input before `offset`."""

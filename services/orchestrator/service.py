@@ -41,6 +41,8 @@ RUN_ID = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _PAGE_EVENTS: Final = 256
 # Until a hypervisor that did not answer is asked again about boxes that were left.
 _SWEEP_SECONDS: Final = 15.0
+# Until a store that could not be written is tried again.
+_STORE_SECONDS: Final = 5.0
 
 
 @dataclass(slots=True)
@@ -105,6 +107,17 @@ class Orchestrator:
         ended = dataclasses.replace(run, state=RunState.FAILED, reason=reason, end_time=time.time())
         event = entry_to_bytes(time.time(), "", r.RunMoved(state=RunState.FAILED, reason=reason))
         await self._database(Store.save, ended, (), [event])
+
+    async def _give_up_at_last(self, run_id: str, reason: str) -> None:
+        """End a run as soon as the store can say so; a full disk may be why it could not go on."""
+        while True:
+            try:
+                return await self._give_up(await self._database(Store.run, run_id), reason)
+            except NotFound:
+                return None
+            except Exception:
+                log.exception("run %s cannot be ended yet", run_id)
+            await asyncio.sleep(_STORE_SECONDS)
 
     async def create(self, run_id: str, request: r.Request, digest: str) -> r.Run:
         """Accept a run. The same request under the same id gives the same run.
@@ -194,9 +207,7 @@ class Orchestrator:
             await runner.run()
         except Exception as error:
             log.exception("run %s", run_id)
-            with contextlib.suppress(Exception):
-                reason = f"the orchestrator could not go on: {error}"
-                await self._give_up(await self._database(Store.run, run_id), reason)
+            await self._give_up_at_last(run_id, f"the orchestrator could not go on: {error}")
         finally:
             active = self._active.pop(run_id, None)
             if active is not None:

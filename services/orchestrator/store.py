@@ -145,7 +145,7 @@ class Store:
         if self.path.stat().st_size <= _CHECKED_BYTES:
             found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
-                raise sqlite3.DatabaseError(found)
+                raise self._damaged(found)
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
             message = (
@@ -161,16 +161,20 @@ class Store:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        except sqlite3.DatabaseError as error:
+            # The primary code is in the low byte (sqlite.org/rescode.html).
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+            if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
                 message = f"{self.path}: {error}; make room or set VOIDBOX_STATE_DIR"
                 raise Exhausted(message, reason="DISK_FULL", path=self.path) from error
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise self._damaged(str(error)) from error
             raise
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.DatabaseError as error:
-            message = f"{self.path} is damaged ({error}); move it away to start without the runs in it"
-            raise Corrupt(message, reason="STATE_DAMAGED", path=self.path) from error
+
+    def _damaged(self, found: str) -> Corrupt:
+        text = " ".join(found.split())
+        message = f"{self.path} is damaged ({text}); move it away to start without the runs in it"
+        return Corrupt(message, reason="STATE_DAMAGED", path=self.path)
 
     @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:

@@ -20,6 +20,7 @@ from services.common.errors import Exhausted, VoidboxError, from_rpc_error
 from services.common.paths import Paths
 from services.orchestrator.__main__ import running
 from services.orchestrator.config import Config
+from services.orchestrator.store import Store
 from tests.contract.orchestrator_fakes import ERR, Fakes, Process, tar_of
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 from voidbox.orchestrator.v1 import orchestrator_pb2_grpc
@@ -199,6 +200,42 @@ async def test_input_reaches_the_first_stage(harness: Harness) -> None:
     harness.fakes.programs["show"] = show
     run = await harness.run(pipeline([box("a", "show")]), input="käse")
     assert run.output.decode() == "käse"
+
+
+async def test_nothing_is_written_into_a_directory_of_the_user(harness: Harness) -> None:
+    async def mock(process: Process) -> int:
+        assert set(process.box.files) == {
+            "/home/sandbox/input.json",
+            "/home/sandbox/.claude/skills/s/SKILL.md",
+        }
+        assert "The full data is in /home/sandbox/input.json." in process.args[1]
+        await process.print('{"type":"result","result":"done"}\n')
+        return 0
+
+    harness.fakes.programs["/usr/local/bin/voidbox-mock-agent"] = mock
+    mounts = [{"host": "project", "guest": "/workspace", "mode": "rw"}]
+    spec = agent(skills=[{"name": "s", "content": "x"}]) | {"sandbox": {"mounts": mounts}}
+    run = await harness.run(spec, input="data")
+    assert run.state == pb.RUN_STATE_SUCCEEDED, run.reason
+
+
+async def test_a_store_that_fails_ends_the_run_and_leaves_no_box(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.fakes.programs["true"] = true
+    save, failures = Store.save, [0]
+
+    def full(store: Store, run: Any, changed: Any, events: Any) -> None:
+        if failures[0] < 2 and any(stage.status.state == "RUNNING" for stage in changed):
+            failures[0] += 1
+            raise Exhausted("no room", reason="DISK_FULL")
+        save(store, run, changed, events)
+
+    monkeypatch.setattr(Store, "save", full)
+    run = await harness.run(pipeline([box("a")]))
+    assert run.state == pb.RUN_STATE_FAILED
+    assert "could not go on: no room" in run.reason
+    await harness.fakes.until(lambda: not harness.fakes.boxes)
 
 
 async def test_uploaded_trees_and_skills_arrive(harness: Harness) -> None:
