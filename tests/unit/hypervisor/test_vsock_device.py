@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import socket
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -28,8 +31,6 @@ SMALL = Limits(
     wide_streams=2,
     small_window=1 << 12,
     resets=4,
-    connect_seconds=0.05,
-    close_seconds=0.05,
     retry_first_seconds=0.01,
     retry_most_seconds=0.02,
 )
@@ -46,16 +47,40 @@ def rig() -> Iterator[Rig]:
 
 @pytest.fixture
 def small() -> Iterator[Rig]:
-    """The same with bounds and time limits that a test can reach."""
+    """The same with bounds that a test can reach."""
     with Rig(SMALL) as one:
         one.plug()
         one.start()
         yield one
 
 
-def wait(rig: Rig, seconds: float) -> None:
-    """Let the device's own timers run, for about so long."""
-    rig.loop.turn(seconds)
+@contextlib.contextmanager
+def hasty(*, fill: bool = True, **limits: float) -> Iterator[Rig]:
+    """A device with small bounds and with time limits that a test can wait for."""
+    with Rig(dataclasses.replace(SMALL, **limits)) as one:
+        one.plug()
+        one.start(fill=fill)
+        yield one
+
+
+def said_until(rig: Rig, last: int) -> list[int]:
+    """The operations of the packets up to one with `last`, letting the device's own timers run."""
+    said: list[int] = []
+    until = time.monotonic() + 20
+    while last not in said:
+        assert time.monotonic() < until, said
+        said += [header.op for header, _ in rig.packets()]
+        rig.loop.turn(0.02)
+    rig.settle()
+    return said
+
+
+def run_until(rig: Rig, done: Callable[[], bool]) -> None:
+    """Let the device's own timers run until `done`."""
+    until = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < until
+        rig.loop.turn(0.02)
     rig.settle()
 
 
@@ -317,38 +342,37 @@ def test_a_clients_reset_resets_the_stream(rig: Rig) -> None:
     assert rig.device.streams == 0
 
 
-def test_an_end_that_the_guest_does_not_confirm_is_forced(small: Rig) -> None:
-    client, _ = small.open()
-    client.close()
-    small.settle()
-    small.only(Op.SHUTDOWN)
-    wait(small, 1)
-    small.only(Op.RST)
-    assert small.device.streams == 0
+def test_an_end_that_the_guest_does_not_confirm_is_forced() -> None:
+    with hasty(close_seconds=0.05) as rig:
+        client, _ = rig.open()
+        client.close()
+        rig.settle()
+        assert said_until(rig, Op.RST) == [Op.SHUTDOWN, Op.RST]
+        assert rig.device.streams == 0
 
 
-def test_a_client_that_nobody_answers_is_closed_in_time(small: Rig) -> None:
-    client = small.dial()
-    small.only(Op.REQUEST)
-    wait(small, 1)
-    small.only(Op.RST)
-    assert recv(client) == b""
+def test_a_client_that_nobody_answers_is_closed_in_time() -> None:
+    with hasty(connect_seconds=0.05) as rig:
+        client = rig.dial()
+        assert said_until(rig, Op.RST) == [Op.REQUEST, Op.RST]
+        assert recv(client) == b""
 
 
-def test_a_refusal_before_the_agent_is_up_is_tried_again_until_the_time_is_up(small: Rig) -> None:
-    client = small.dial()
-    asked = 0
-    for _ in range(50):
-        for header, _payload in small.packets():
-            if header.op == Op.REQUEST:
-                asked += 1
-                small.send(Op.RST, header.src_port)
-        if recv(client) == b"":
-            break
-        wait(small, 0.1)
-    else:
-        raise AssertionError("the client still waits")
-    assert asked >= 2
+def test_a_refusal_before_the_agent_is_up_is_tried_again_until_the_time_is_up() -> None:
+    with hasty(connect_seconds=0.5) as rig:
+        client = rig.dial()
+        asked = 0
+
+        def ended() -> bool:
+            nonlocal asked
+            for header, _ in rig.packets():
+                if header.op == Op.REQUEST:
+                    asked += 1
+                    rig.send(Op.RST, header.src_port)
+            return recv(client) == b""
+
+        run_until(rig, ended)
+        assert asked >= 2
 
 
 def test_a_refusal_after_the_agent_was_up_ends_the_client_at_once(rig: Rig) -> None:
@@ -393,11 +417,9 @@ def test_streams_beyond_the_limit_are_closed_and_places_come_back(small: Rig) ->
     small.open()
 
 
-def test_answers_for_no_stream_are_bounded(small: Rig) -> None:
+def test_answers_for_no_stream_are_bounded() -> None:
     """A guest that takes no packets cannot make us remember more and more of them."""
-    with Rig(SMALL) as rig:
-        rig.plug()
-        rig.start(fill=False)
+    with hasty(fill=False) as rig:
         for port in range(50):
             rig.send(Op.RW, port, b"x")
         assert len(rig.device._resets) == 4
@@ -406,15 +428,11 @@ def test_answers_for_no_stream_are_bounded(small: Rig) -> None:
         assert len(rig.packets()) == 4
 
 
-def test_a_guest_that_gives_no_buffers_costs_only_its_bound(small: Rig) -> None:
-    with Rig(SMALL) as rig:
-        rig.plug()
-        rig.start(fill=False)
+def test_a_guest_that_gives_no_buffers_costs_only_its_bound() -> None:
+    with hasty(fill=False, connect_seconds=1.0, close_seconds=0.05) as rig:
         clients = [rig.dial() for _ in range(6)]
-        assert rig.device.streams == 4
-        wait(rig, 1)
-        wait(rig, 1)
-        assert rig.device.streams == 0
+        assert rig.device.counters["refused"] >= 2
+        run_until(rig, lambda: rig.device.streams == 0)
         assert all(recv(client) == b"" for client in clients)
 
 
