@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def small() -> Iterator[Rig]:
 
 
 @contextlib.contextmanager
-def hasty(*, fill: bool = True, **limits: float) -> Iterator[Rig]:
+def hasty(*, fill: bool = True, **limits: Any) -> Iterator[Rig]:
     """A device with small bounds and with time limits that a test can wait for."""
     with Rig(dataclasses.replace(SMALL, **limits)) as one:
         one.plug()
