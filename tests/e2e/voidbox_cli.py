@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from services.common.paths import Paths
 
@@ -79,7 +79,8 @@ class Voidbox:
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,
         } | options
-        return subprocess.Popen([sys.executable, "-P", "-m", "voidbox", *words], env=self.env, **options)
+        argv = [sys.executable, "-P", "-m", "voidbox", *words]
+        return cast("subprocess.Popen[bytes]", subprocess.Popen(argv, env=self.env, **options))
 
     def __call__(
         self, *words: str, code: int | None = 0, stdin: bytes | None = None, cwd: Path | None = None
@@ -177,7 +178,7 @@ def interrupt(process: subprocess.Popen[bytes], number: int = signal.SIGINT) -> 
 
 def read_until(process: subprocess.Popen[bytes], mark: bytes, *, stream: str = "stderr") -> bytes:
     """What a command prints, up to and with the line that holds `mark`."""
-    pipe = getattr(process, stream)
+    pipe: IO[bytes] = getattr(process, stream)
     seen = b""
     for line in pipe:
         seen += line

@@ -52,7 +52,7 @@ _voidbox() {{
     --) COMPREPLY=(); return ;;
     --output | --address | --log-level) ((i++)) ;;
     -*) ;;
-    *) command=${{COMP_WORDS[i]}}; break ;;
+    *) command=${{command:-${{COMP_WORDS[i]}}}} ;;
     esac
   done
   if [[ ${{COMP_WORDS[COMP_CWORD - 1]}} == --output ]]; then

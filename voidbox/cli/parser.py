@@ -218,7 +218,7 @@ def _add_exec(command: Parser) -> None:
 
 def _add_image(image: Parser, shared: list[Parser]) -> None:
     commands = image.add_subparsers(
-        dest="image_command", metavar="COMMAND", required=True, parser_class=Parser
+        dest="image_command", metavar="COMMAND", required=True, parser_class=Parser, help="what to do"
     )
 
     def add(name: str, text: str) -> Parser:
