@@ -176,7 +176,7 @@ def test_directories_of_any_length_are_complete_and_indexed(tmp_path: Path, coun
 
 def test_the_kernel_finds_every_name_through_the_index(tmp_path: Path) -> None:
     """Two levels of index nodes: names of 200 bytes fill 507 leaves soon."""
-    names = [b"%05d-" % i + b"x" * 194 for i in range(11_000)]
+    names = [b"%05d-\xc3\xa9\xff" % i + b"x" * 191 for i in range(11_000)]
     image = tmp_path / "image.ext4"
     build_ext4(image, [make_tar([Item(name=b"d/" + name) for name in names], form=tarfile.GNU_FORMAT)])
     check_ext4(image)
