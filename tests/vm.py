@@ -26,6 +26,7 @@ from services.common.channel import open_channel
 from services.common.errors import VoidboxError, from_rpc_error
 from services.common.paths import Paths
 from services.common.supervision import FD_VARIABLE, READY
+from services.hypervisor import console
 from services.hypervisor.layout import Layout
 from services.imager.guest_image import GuestImage, load_guest_image
 from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
@@ -94,7 +95,9 @@ class HypervisorProcess:
         self.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            print(self.evidence())
         try:
             self.stop()
             self.reap()
@@ -148,6 +151,16 @@ class HypervisorProcess:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(STOP_SECONDS)
         self._tie.close()
+
+    def evidence(self) -> str:
+        """What tells why a test failed: the service's log, each box's state and console."""
+        parts = [self.log.read_text(errors="replace")[-20_000:]]
+        for box_id in self.layout.box_ids():
+            directory = self.layout.box(box_id)
+            with contextlib.suppress(OSError):
+                parts.append(f"--- {box_id}: {(directory / 'state.json').read_text()}")
+            parts.append(console.tail(directory / "console.log"))
+        return "\n".join(parts)
 
     def reap(self) -> list[str]:
         """End and remove what boxes are left; their ids."""

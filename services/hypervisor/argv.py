@@ -15,6 +15,10 @@ from services.hypervisor.model import Accelerator, Transport
 # A slot cannot be reused for a vsock device that was unplugged from it, so there are several.
 SPARE_ROOT_PORTS = 5
 
+# Everything QEMU can emulate, but no fifth level of page tables: each walk of them is emulated too.
+# Boot to the agent's answer takes 6.6 s of processor time without it, 8.4 s with it.
+EMULATED_CPU = "max,la57=off"
+
 VHOST_SOCKET = "vhost.sock"
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -87,7 +91,7 @@ def build_argv(machine: MachineConfig) -> list[str]:
         machine.program,
         *("-name", f"guest={quote(machine.name)}"),
         *("-machine", f"q35,accel={accelerator},memory-backend=ram,vmport=off,usb=off"),
-        *("-cpu", "host" if machine.accelerator is Accelerator.KVM else "max"),
+        *("-cpu", "host" if machine.accelerator is Accelerator.KVM else EMULATED_CPU),
         *("-smp", str(machine.vcpus)),
         *("-m", f"{machine.memory_mib}M"),
         *("-object", f"memory-backend-memfd,id=ram,size={machine.memory_mib}M,share=on,seal=on"),

@@ -24,7 +24,7 @@ from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 
 pytestmark = pytest.mark.vm
 
-COUNT = "i=0; while [ $i -lt 400 ]; do echo line $i; i=$((i+1)); sleep 0.02; done"
+COUNT = "i=0; while [ $i -lt 100 ]; do echo line $i; i=$((i+1)); sleep 0.05; done"
 
 
 def parent(pid: int) -> int:
@@ -56,7 +56,7 @@ async def test_a_killed_hypervisor_finds_its_box_and_its_running_program_again()
             await attach.write(guest_pb2.AttachRequest(open=opening))
             async for event in attach:
                 seen += event.event.output.data
-            assert bytes(seen) == b"".join(b"line %d\n" % n for n in range(400))
+            assert bytes(seen) == b"".join(b"line %d\n" % n for n in range(100))
             resumed = (await client.hypervisor.ResumeBox(pb.ResumeBoxRequest(box_id="paused"))).box
             assert resumed.state == pb.BOX_STATE_RUNNING
             exit_, _, _ = await client.run("paused", "true")

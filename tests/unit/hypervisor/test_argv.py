@@ -32,7 +32,7 @@ PLAIN = MachineConfig(
 GOLDEN = """/usr/bin/qemu-system-x86_64
 -name guest=box-1
 -machine q35,accel=tcg,memory-backend=ram,vmport=off,usb=off
--cpu max
+-cpu max,la57=off
 -smp 2
 -m 256M
 -object memory-backend-memfd,id=ram,size=256M,share=on,seal=on
