@@ -75,7 +75,6 @@ class Orchestrator:
         self._active: dict[str, _Active] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._sweeping: asyncio.Task[None] | None = None
-        self._creating = asyncio.Lock()
         self._sweep_again = False
         self._leaving = False
 
@@ -132,39 +131,45 @@ class Orchestrator:
                 f"run id {run_id[:80]!r} is not 1 to 63 of a-z, 0-9 and '-', starting with a letter",
                 reason="BAD_RUN_ID",
             )
-        async with self._creating:
-            if run_id:
-                with contextlib.suppress(VoidboxError):
-                    found = await self._database(Store.run, run_id)
-                    if found.request_digest == digest:
-                        return found
-                    raise AlreadyExists(
-                        f"there is already a run {run_id!r}", reason="RUN_EXISTS", run_id=run_id
-                    )
-            spec = await asyncio.to_thread(self._check, request)
-            plan = make_plan(spec, request.mounts)
-            status, now = initial(plan), time.time()
-            run = r.Run(
-                id=run_id or _new_id(spec.name),
-                name=spec.name,
-                kind=spec.kind,
-                state=status.state,
-                create_time=now,
-                begin_time=now,
-                stages=stages_of(plan, status),
-                request=request,
-                request_digest=digest,
-            )
-            event = entry_to_bytes(run.create_time, "", r.RunMoved(state=status.state))
+        found = await self._find(run_id, digest)
+        if found is not None:
+            return found
+        spec = await asyncio.to_thread(self._check, request)
+        plan = make_plan(spec, request.mounts)
+        status, now = initial(plan), time.time()
+        run = r.Run(
+            id=run_id or _new_id(spec.name),
+            name=spec.name,
+            kind=spec.kind,
+            state=status.state,
+            create_time=now,
+            begin_time=now,
+            stages=stages_of(plan, status),
+            request=request,
+            request_digest=digest,
+        )
+        event = entry_to_bytes(run.create_time, "", r.RunMoved(state=status.state))
+        try:
             await self._database(Store.create_run, run, [event])
+        except AlreadyExists:
+            # Another call with this id was faster.
+            found = await self._find(run_id, digest)
+            if found is None:
+                raise
+            return found
         self._start(run)
         return await self._database(Store.run, run.id)
 
-    async def _find(self, run_id: str) -> r.Run | None:
+    async def _find(self, run_id: str, digest: str) -> r.Run | None:
+        """The run that the same request has started before, if any."""
         try:
-            return await self._database(Store.run, run_id)
+            found = await self._database(Store.run, run_id)
         except NotFound:
             return None
+        if found.request_digest != digest:
+            message = f"there is already a run {run_id!r} of another request; choose another id"
+            raise AlreadyExists(message, reason="RUN_EXISTS", run_id=run_id)
+        return found
 
     def _check(self, request: r.Request) -> Spec:
         base = request.base_directory or None

@@ -781,6 +781,10 @@ async def _code(call: Any) -> VoidboxError:
 
 async def test_create_is_idempotent_by_run_id(harness: Harness) -> None:
     harness.fakes.programs["true"] = true
+    runs = await asyncio.gather(*(harness.create(pipeline([box("a")]), "many") for _ in range(8)))
+    assert len({run.create_time.ToNanoseconds() for run in runs}) == 1
+    await harness.finish("many")
+    harness.fakes.created.clear()
     first = await harness.create(pipeline([box("a")]))
     again = await harness.create(pipeline([box("a")]))
     assert first.create_time == again.create_time

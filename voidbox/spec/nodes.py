@@ -23,7 +23,7 @@ from yaml.scanner import Scanner
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 32
 # A spec of 1000 boxes with ten keys each is 20,000 nodes; an alias bomb passes this in no time.
-MAX_NODES: Final = 100_000
+MAX_NODES: Final = 50_000
 
 NodeKind = Literal["map", "list", "string", "integer", "number", "boolean", "null"]
 
@@ -87,13 +87,18 @@ class _Loader(Reader, Scanner, Parser, Composer, _CoreResolver):
         Composer.__init__(self)
         _CoreResolver.__init__(self)
         self._depth = 0
+        self._count = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
+        self._count += 1
         try:
-            if self._depth > MAX_DEPTH:
+            if self._depth > MAX_DEPTH or self._count > MAX_NODES:
+                what = f"nested deeper than {MAX_DEPTH} levels"
+                if self._count > MAX_NODES:
+                    what = f"more than {MAX_NODES} values"
                 mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-                raise Malformed(f"nested deeper than {MAX_DEPTH} levels", mark.line + 1, mark.column + 1)
+                raise Malformed(what, mark.line + 1, mark.column + 1)
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
