@@ -147,6 +147,9 @@ def _private_engine(dockerd: str, directory: Path, env: Mapping[str, str]) -> It
             _end(process)
     for path in reversed(_mounts(directory)):
         _tool("umount", path)  # dockerd leaves the network namespace that it ran in
+    # Images and containers take a gigabyte, and pytest keeps the directories of three runs.
+    for name in ("data", "exec"):
+        shutil.rmtree(directory / name)
 
 
 def _mounts(directory: Path) -> list[str]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +60,12 @@ class Stack:
     env: Mapping[str, str]
     client_env: dict[str, str] = field(default_factory=dict)
 
-    def run(self, *words: str, seconds: float = _PROGRAM_SECONDS) -> str:
-        """Run compose with `words`."""
-        options = ("--project-name", self.project, "--project-directory", str(ROOT))
-        file = ("--file", str(ROOT / "docker-compose.yml"))
-        return self.engine.run(*self.compose, *options, *file, *words, seconds=seconds, env=self.env)
+    def run(self, *words: str, seconds: float = _PROGRAM_SECONDS, files: Sequence[str] = ()) -> str:
+        """Run compose with `words`, and with more `files` than the usual one."""
+        options = ["--project-name", self.project, "--project-directory", str(ROOT)]
+        for file in ("docker-compose.yml", *files):
+            options += ["--file", str(ROOT / file)]
+        return self.engine.run(*self.compose, *options, *words, seconds=seconds, env=self.env)
 
     def container(self, service: str) -> str:
         """Id of the service's container."""
@@ -152,7 +153,7 @@ def stack(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         engine=engine,
         project=f"voidbox-test-{uuid.uuid4().hex[:8]}",
         compose=engine.compose(),
-        env={"BASE_IMAGE": base, "VOIDBOX_PORT": str(port)},
+        env={"BASE_IMAGE": base, "VOIDBOX_PORT": str(port), "VOIDBOX_KVM_GID": "104"},
     )
     try:
         with found.until_healthy(set(SERVICES)):
@@ -210,6 +211,15 @@ def test_the_port_answers_nobody_without_the_token(stack: Stack, tmp_path: Path)
     assert "token" in absent.stderr
 
 
+def test_an_independent_client_works_through_the_port_with_the_token(stack: Stack) -> None:
+    address, token = stack.client_env["VOIDBOX_ADDRESS"], stack.client_env["VOIDBOX_TOKEN_FILE"]
+    client = str(ROOT / "tests/e2e/node/client.mjs")
+    seen = json.loads(stack.engine.run("node", client, str(ROOT / "protos"), address, token))
+    assert seen["box"]["state"] == "BOX_STATE_RUNNING"
+    assert seen["exec"] == {"stdout": f"{seen['box']['boot_id']}\n", "stderr": "wört\n", "code": 7}
+    assert seen["stdin"]["received"] == seen["stdin"]["sent"]
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_runs_without_any_privilege(stack: Stack, service: str) -> None:
     host = stack.inspect(service)["HostConfig"]
@@ -229,6 +239,24 @@ def test_only_the_orchestrator_can_be_reached_from_outside(stack: Stack) -> None
     assert [binding["HostIp"] for binding in bindings] == ["127.0.0.1"]
     assert ports["imager"] == ports["hypervisor"] == {}
     assert list(stack.inspect("hypervisor")["NetworkSettings"]["Networks"]) == ["none"]
+
+
+@pytest.mark.skipif(not Path("/dev/kvm").exists(), reason="this machine has no /dev/kvm")
+def test_the_kvm_file_gives_the_device_to_the_hypervisor(stack: Stack) -> None:
+    words = (
+        "run",
+        "--rm",
+        "--no-deps",
+        "-T",
+        "--entrypoint",
+        "stat",
+        "hypervisor",
+        "-c",
+        "%F %t:%T",
+        "/dev/kvm",
+    )
+    # 10:232 in hexadecimal: the device's number in the kernel's list of devices.
+    assert stack.run(*words, files=["docker-compose.kvm.yml"]).strip() == "character special file a:e8"
 
 
 def kill_service(stack: Stack, service: str) -> None:
