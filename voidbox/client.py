@@ -123,10 +123,13 @@ class Client:
         response = await self.call(lambda: self.orchestrator.CreateRun(request, timeout=CALL_SECONDS))
         return response.run
 
-    async def get_run(self, run_id: str) -> orchestrator_pb2.Run:
-        """Describe a run."""
+    async def get_run(self, run_id: str, *, seconds: float = RECONNECT_SECONDS) -> orchestrator_pb2.Run:
+        """Describe a run; tries for `seconds` to reach the orchestrator."""
         request = orchestrator_pb2.GetRunRequest(run_id=run_id)
-        return (await self.call(lambda: self.orchestrator.GetRun(request, timeout=CALL_SECONDS))).run
+        response = await self.call(
+            lambda: self.orchestrator.GetRun(request, timeout=CALL_SECONDS), seconds=seconds
+        )
+        return response.run
 
     async def list_runs(self, *, active: bool = False) -> AsyncIterator[orchestrator_pb2.Run]:
         """All runs, newest first."""
@@ -161,6 +164,8 @@ class Client:
         """
         offset = from_offset
         outage = Outage()
+        # Whether the last thing heard of the run is that it has ended.
+        ended = False
         while True:
             request = orchestrator_pb2.WatchRunRequest(
                 run_id=run_id, from_offset=offset, no_follow=not follow
@@ -176,13 +181,17 @@ class Client:
                         event = cast("orchestrator_pb2.WatchRunResponse", response).event
                         yield event
                         offset = event.offset + 1
+                        if event.WhichOneof("event") == "run_state":
+                            ended = event.run_state.state not in ACTIVE_STATES
             except (Unavailable, Cancelled) as error:  # CANCELLED: the server is shutting down
+                if ended:
+                    return
                 await outage.wait(error)
                 continue
             finally:
                 call.cancel()
             # A server that stops may end the stream in good order before the run has ended.
-            if not follow or (await self.get_run(run_id)).state not in ACTIVE_STATES:
+            if not follow or ended or (await self.get_run(run_id)).state not in ACTIVE_STATES:
                 return
             await outage.wait(Unavailable("the orchestrator ended the stream of events"))
 

@@ -152,7 +152,9 @@ def _number(header: bytes, at: int, length: int, what: str) -> int:
         return 0
     text = text.split(b"\0", 1)[0].rstrip(b" ")
     if not text.isdigit() or b"8" in text or b"9" in text:
-        raise Corrupt(f"{what} field {field!r} is not a number")
+        raise Corrupt(
+            f"this is no tar archive, or a damaged one: {what} field {field!r} is not a number; build the image again"
+        )
     return int(text, 8)
 
 

@@ -41,8 +41,8 @@ def yaml_spec(path: Path, box: str, *, head: str = "") -> str:
         ("      run: {program: 'true'}", "sandbox: {memory_mb: lots}\n", "4:22", ("memory_mb", "lots")),
         ("      run: {program: 'true'}", "sandbox: {memory_mb: 4}\n", "4:22", ("memory_mb", "16")),
         ("      prompt: hi", "llm: {provider: cluade}\n", "4:17", ("cluade", "claude")),
-        ("      run: {program: 'true'}\n      inputs: [{from: nothing}]", "", "7:23", ("nothing",)),
-        ("      run: {program: 'true'}\n      inputs: [{file: x, guest: /a/../../etc}]", "", "7:33", ("..",)),
+        ("      run: {program: 'true'}\n      inputs: [{from: nothing}]", "", "8:23", ("nothing",)),
+        ("      run: {program: 'true'}\n      inputs: [{file: x, guest: /a/../../etc}]", "", "8:33", ("..",)),
         ("      run: {program: 'true'", "", "", ("invalid yaml",)),
     ],
     ids=["unknown key", "bad type", "out of range", "unknown provider", "dangling name", "escape", "no yaml"],
@@ -65,7 +65,7 @@ def test_a_missing_input_file_is_named_with_its_line(voidbox: Voidbox, tmp_path:
     box = "      run: {program: 'true'}\n      inputs:\n        - {file: data/none.txt}"
     path = yaml_spec(tmp_path / "bad.yaml", box)
     done = voidbox("run", path, code=3)
-    assert f"{path}:8" in done.stderr
+    assert f"{path}:9:18" in done.stderr
     assert str(tmp_path / "data/none.txt") in done.stderr
     assert "create it" in done.stderr
 
@@ -99,7 +99,7 @@ def test_a_kernel_that_is_none_is_named(voidbox: Voidbox, tmp_path: Path) -> Non
 def test_more_memory_than_the_host_has_is_refused(voidbox: Voidbox, tmp_path: Path) -> None:
     document = pipeline("bad", program_box("one", "true"))
     document["sandbox"]["memory_mb"] = 8_000_000
-    text = refused(voidbox, document, tmp_path, 7)
+    text = refused(voidbox, document, tmp_path, 3)
     assert "8000000" in text
     assert "memory" in text
 

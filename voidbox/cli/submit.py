@@ -66,10 +66,10 @@ def read(path: str) -> Submission:
     spec = parse_spec(content, path, Path(path).resolve().parent)
     files = tuple(Path(name) for name in input_files(spec))
     problems = [
-        Problem(file=path, line=line, message=message)
+        Problem(file=path, line=line, column=column, message=message)
         for file in files
         if (message := _fault(file))
-        for line in (_line_of(content, file, Path(path).resolve().parent),)
+        for line, column in (_place_of(content, file, Path(path).resolve().parent),)
     ]
     if problems:
         raise SpecError(problems)
@@ -91,13 +91,15 @@ def _fault(path: Path) -> str:
     return ""
 
 
-def _line_of(content: bytes, path: Path, base: Path) -> int:
-    """The line that names `path`; 0 if it cannot be told."""
+def _place_of(content: bytes, path: Path, base: Path) -> tuple[int, int]:
+    """Line and column of the text that names `path`; 0 and 0 if it cannot be told."""
     names = [str(path), os.path.relpath(path, base)]
     for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
-        if any(name in line for name in names) and "file" in line:
-            return number
-    return 0
+        for name in names:
+            at = line.find(name)
+            if at >= 0 and "file" in line[:at]:
+                return number, at + 1
+    return 0, 0
 
 
 def run_id(args: Namespace, name: str) -> str:
