@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
+
+from guest.imports import leave_out, leave_out_pure_protobuf
 
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # nothing here forks
-# asyncio would load OpenSSL for TLS that nothing here speaks: 4 MB and a tenth of the start.
-sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+leave_out()
+leave_out_pure_protobuf()
 
 import asyncio  # noqa: E402
 import contextlib  # noqa: E402
+import gc  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 from typing import Any  # noqa: E402
@@ -25,6 +27,7 @@ from guest.relay import Relay  # noqa: E402
 from guest.rpc import Gate  # noqa: E402
 from guest.servicer import GuestServicer  # noqa: E402
 from guest.settings import Settings  # noqa: E402
+from guest.users import AGENT_ID  # noqa: E402
 from voidbox.guest.v1 import guest_pb2_grpc  # noqa: E402
 
 # Arguments and environment of a program travel in one message; execve takes 2 MiB at most.
@@ -34,6 +37,9 @@ _OPTIONS = (
     ("grpc.max_send_message_length", _MESSAGE_LIMIT),
     ("grpc.so_reuseport", 0),
     ("grpc.enable_channelz", 1),
+    # A call that waits for the agent to take it is cancelled after this many seconds (30 by default):
+    # too short for hundreds of calls at once on an emulated machine whose host is busy.
+    ("grpc.server_max_unrequested_time_in_server", 600),
 )
 _STOP_GRACE = 2.0  # for answers that are on their way when the box shuts down
 
@@ -43,6 +49,7 @@ def main(settings: Settings, channel: socket.socket) -> None:
     if settings.guest:
         # Even a program of the same user id may not read this process's memory.
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+        os.setresuid(AGENT_ID, 0, AGENT_ID)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.run(_serve(settings, channel))
 
@@ -69,6 +76,8 @@ async def _serve(settings: Settings, channel: socket.socket) -> None:
     server.add_insecure_port(f"unix:{address}")
     await server.start()
     relay = loop.create_task(Relay(await control.listener, address).run())
+    gc.freeze()
+    gc.enable()
     log.info(f"agent serves {settings.listen} after {_uptime():.2f} s")
     waits = [loop.create_task(lost.wait()), loop.create_task(stopping.wait()), relay]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

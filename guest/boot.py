@@ -27,6 +27,9 @@ FIRST_MOUNTS = (
 LATER_MOUNTS = (
     ("tmpfs", "/dev/shm", "tmpfs", _NODEV, "mode=1777"),  # noqa: S108
     ("tmpfs", "/tmp", "tmpfs", _NODEV, "mode=1777"),  # noqa: S108
+    # Not in the rootfs, which holds the image in RAM: these have limits of their own.
+    ("tmpfs", "/workspace", "tmpfs", _NODEV, "mode=0755"),
+    ("tmpfs", "/home/sandbox", "tmpfs", _NODEV, "mode=0755"),
     ("cgroup2", "/sys/fs/cgroup", "cgroup2", _NOEXEC, "nsdelegate"),
 )
 

@@ -58,7 +58,7 @@ class FileCalls:
         finally:
             os.close(fd)
 
-    @call()
+    @call(drain=True)
     async def WriteFile(
         self, requests: AsyncIterator[pb.WriteFileRequest], _context: Any
     ) -> pb.WriteFileResponse:
@@ -168,7 +168,7 @@ class FileCalls:
             end.close()
             packing.cancel()
 
-    @call()
+    @call(drain=True)
     async def WriteTree(
         self, requests: AsyncIterator[pb.WriteTreeRequest], _context: Any
     ) -> pb.WriteTreeResponse:

@@ -8,10 +8,9 @@ import stat
 from typing import NamedTuple
 
 from guest.errors import AgentError, Code, from_os_error, invalid
-from guest.root import Root, check, make_directory
+from guest.root import Root, check, make_directory, reopen
 
 _DEEPEST = 200  # one open descriptor a level
-_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY  # NONBLOCK: a FIFO must not hang the agent
 
 
 class Entry(NamedTuple):
@@ -29,17 +28,21 @@ class Owner(NamedTuple):
     gid: int
 
 
-def open_regular(root: Root, path: str, flags: int = _READ, mode: int = 0) -> int:
+def open_regular(root: Root, path: str, flags: int = os.O_RDONLY, mode: int = 0) -> int:
     """Open a regular file.
 
     Raises:
         AgentError: it is something else.
     """
-    fd = root.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, mode)
-    kind = os.fstat(fd).st_mode
-    if stat.S_ISREG(kind):
-        return fd
-    os.close(fd)
+    if flags & os.O_CREAT:
+        return root.open(path, flags, mode)
+    fd = root.open(path, os.O_PATH)
+    try:
+        kind = os.fstat(fd).st_mode
+        if stat.S_ISREG(kind):
+            return reopen(fd, flags)
+    finally:
+        os.close(fd)
     if stat.S_ISDIR(kind):
         raise AgentError(Code.FAILED_PRECONDITION, "IS_A_DIRECTORY", f"{path} is a directory", path=path)
     raise AgentError(Code.FAILED_PRECONDITION, "NOT_A_FILE", f"{path} is not a regular file", path=path)

@@ -8,7 +8,6 @@ happen here, so no signal ever reaches a stranger with a reused pid.
 from __future__ import annotations
 
 import contextlib
-import gc
 import marshal
 import os
 import select
@@ -69,8 +68,6 @@ class ForkServer:
         if self._privileged and settings.guest:
             with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
                 file.write("-1000")
-        gc.collect()
-        gc.freeze()
 
     def attach(self, channel: socket.socket, agent: int, state: bytes) -> None:
         """Serve the agent with this pid over `channel`, and tell it what came before it."""

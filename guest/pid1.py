@@ -7,6 +7,7 @@ process that must never die has little that could kill it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -44,11 +45,13 @@ def run(settings: Settings) -> None:
     state: bytes = b""
     deaths: list[float] = []
     server = ForkServer(settings)
+    gc.freeze()  # what both have stays shared: a collection would write to every page
     while True:
         channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
             _become_agent(settings, theirs, [channel, listener])
+        gc.enable()
         theirs.close()
         if listener is None:
             # While the agent imports grpc: modules and the listener, on another processor if there is one.
@@ -118,7 +121,7 @@ def _boot(settings: Settings) -> None:
     for path, text in (
         ("/proc/sys/kernel/modprobe", "\n"),  # no program makes the kernel load a module
         ("/proc/sys/kernel/ctrl-alt-del", "0"),
-        ("/proc/sys/kernel/printk_devkmsg", "on"),  # the default rate limit would drop our lines
+        ("/proc/sys/kernel/printk_devkmsg", "on\n"),  # the default rate limit would drop our lines
         ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
     ):
         try:

@@ -45,18 +45,24 @@ class Root:
     def open(self, path: str, flags: int, mode: int = 0) -> int:
         """Open what `path` leads to: a file descriptor.
 
+        It is looked at before it is really opened: opening a device or a FIFO can have effects.
+
         Raises:
             OSError: as open(2).
             AgentError: the path is malformed or leads to something private.
         """
         check(path)
-        fd = syscalls.openat2(path, dir_fd=self.fd, flags=flags, resolve=_RESOLVE, mode=mode)
+        first = flags if flags & os.O_CREAT else os.O_PATH | flags & (os.O_DIRECTORY | os.O_NOFOLLOW)
+        fd = syscalls.openat2(path, dir_fd=self.fd, flags=first, resolve=_RESOLVE, mode=mode)
         try:
             self.refuse_private(fd, path)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+            if first == flags:
+                found, fd = fd, -1
+                return found
+            return reopen(fd, flags)
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def open_parent(self, path: str) -> tuple[int, str]:
         """The directory that `path` lies in, opened, and its last name, which is not followed.
@@ -117,9 +123,12 @@ class Root:
         except OSError:
             return ""
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return ""
-            return os.read(fd, limit).decode(errors="replace")
+            # Not one read for all: a file of /proc or 9p may give less at a time.
+            parts = []
+            while limit > 0 and stat.S_ISREG(os.fstat(fd).st_mode) and (part := os.read(fd, limit)):
+                parts.append(part)
+                limit -= len(part)
+            return b"".join(parts).decode(errors="replace")
         finally:
             os.close(fd)
 
@@ -144,6 +153,11 @@ class Root:
                 and not found.st_mode & stat.S_IROTH
             ):
                 raise denied(f"{path} is private to its process", reason="PROCESS_PRIVATE", path=path)
+
+
+def reopen(fd: int, flags: int) -> int:
+    """Open for use what `fd` (O_PATH) refers to."""
+    return os.open(f"/proc/self/fd/{fd}", flags & ~(os.O_NOFOLLOW | os.O_EXCL) | os.O_CLOEXEC)
 
 
 def check(path: str) -> None:

@@ -15,6 +15,7 @@ from guest.errors import AgentError, Code, wrong_state
 SECRET_KEY = "voidbox-secret-bin"  # noqa: S105 - the name of the metadata key
 CHUNK_LIMIT = 65536
 _FIRST_MESSAGE = 0.5  # seconds
+_DRAIN = 5.0  # seconds; a client that uploads on and on is cut off then
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Awaitable[Any]])
@@ -54,12 +55,15 @@ class Gate:
         return len(given) == 1 and isinstance(given[0], bytes) and compare_digest(given[0], self.secret)
 
 
-def call(*, before_claim: bool = False, always: bool = False) -> Callable[[_Method], _Method]:
+def call(
+    *, before_claim: bool = False, always: bool = False, drain: bool = False
+) -> Callable[[_Method], _Method]:
     """Decorate a method of the servicer: check the caller, map every failure to a status.
 
     Args:
         before_claim: Whether the call is answered while the box has no identity.
         always: Whether the caller is not checked here at all.
+        drain: Whether what the client still sends is taken before the call is failed.
     """
 
     def decorate(method: _Method) -> _Method:
@@ -70,7 +74,7 @@ def call(*, before_claim: bool = False, always: bool = False) -> Callable[[_Meth
                     try:
                         self.gate.check(context.invocation_metadata(), before_claim=before_claim)
                     except AgentError:
-                        await _take_one(request)
+                        await _take(request, 1, _FIRST_MESSAGE)
                         raise
                 return await method(self, request, context)
             except AgentError as error:
@@ -82,6 +86,8 @@ def call(*, before_claim: bool = False, always: bool = False) -> Callable[[_Meth
                 failure = AgentError(
                     Code.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", "the guest agent is out of memory"
                 )
+            if drain:
+                await _take(request, None, _DRAIN)
             await context.abort(failure.code, failure.message, failure.trailing())
             return None
 
@@ -90,13 +96,16 @@ def call(*, before_claim: bool = False, always: bool = False) -> Callable[[_Meth
     return decorate
 
 
-async def _take_one(request: Any) -> None:
-    """Let the first message of a stream arrive before its call is failed.
+async def _take(request: Any, count: int | None, seconds: float) -> None:
+    """Take `count` messages of a stream, or all, before its call is failed.
 
     A client of grpc.aio whose write meets the end of the call half-way reports INTERNAL
     instead of the reason it was given.
     """
-    if hasattr(request, "__aiter__"):
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FIRST_MESSAGE):
-                await anext(aiter(request), None)
+    if not hasattr(request, "__aiter__"):
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            async for _ in request:
+                if count is not None and (count := count - 1) <= 0:
+                    return

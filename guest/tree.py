@@ -12,14 +12,13 @@ import stat
 from typing import TYPE_CHECKING, Any, Protocol
 
 from guest.errors import AgentError, Code, denied, exhausted, from_os_error, invalid
-from guest.root import Root
+from guest.root import Root, reopen
 
 if TYPE_CHECKING:
     import tarfile
 
 _DEEPEST = 200
 _BLOCK = 262144
-_KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO)
 _RECORD = 512
 
 
@@ -68,17 +67,22 @@ def pack(root: Root, path: str, sink: Sink, limit: int) -> None:
     import tarfile
 
     out = _Counted(sink, limit, path)
-    fd = root.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    found = root.open(path, os.O_PATH)
+    try:
+        kind = stat.S_IFMT(os.fstat(found).st_mode)
+        if kind not in (stat.S_IFDIR, stat.S_IFREG):
+            raise AgentError(
+                Code.FAILED_PRECONDITION, "NOT_A_TREE", f"{path} is neither a directory nor a file", path=path
+            )
+        fd = reopen(found, os.O_RDONLY)
+    finally:
+        os.close(found)
     try:
         status = os.fstat(fd)
         if stat.S_ISDIR(status.st_mode):
             _pack_directory(tarfile, out, fd, "", _kernel_devices(), 0)
-        elif stat.S_ISREG(status.st_mode):
-            _pack_file(tarfile, out, fd, status, path.rstrip("/").rpartition("/")[2])
         else:
-            raise AgentError(
-                Code.FAILED_PRECONDITION, "NOT_A_TREE", f"{path} is neither a directory nor a file", path=path
-            )
+            _pack_file(tarfile, out, fd, status, path.rstrip("/").rpartition("/")[2])
     finally:
         os.close(fd)
     out.write(bytes(2 * _RECORD))

@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 from guest.errors import invalid, not_found
 
-_MAX_ID = 0xFFFFFFFE  # (uid_t)-1 means "no change" to setresuid
+AGENT_ID = 0xFFFFFFF0
+"""Real and saved uid of the agent: a program of uid 0, which has no capabilities, may signal
+processes with the same ones, and the agent shall not be among them."""
+_MAX_ID = AGENT_ID - 1
 
 
 class Account(NamedTuple):

@@ -20,16 +20,23 @@ class GuestMachine(vsock_machine.Machine):
     """`vsock_machine.Machine` with the image's own `/init` and more devices."""
 
     def __init__(
-        self, *, memory_mib: int = 256, vcpus: int = 1, devices: tuple[str, ...] = (), append: str = ""
+        self,
+        *,
+        memory_mib: int = 256,
+        vcpus: int = 1,
+        devices: tuple[str, ...] = (),
+        append: str = "",
+        uid: int | None = None,
     ) -> None:
-        super().__init__(share=False, append=append)
+        super().__init__(share=False, append=f"rootfstype=ramfs {append}", uid=uid)
         self._memory = memory_mib
         self._vcpus = vcpus
         self._devices = devices
 
     def _argv(self, kernel: str, initramfs: Path) -> list[str]:
         image = load_guest_image(Paths.from_env(os.environ).cache)
-        argv = [word.replace("320M", f"{self._memory}M") for word in super()._argv(kernel, image.initramfs)]
+        initramfs.write_bytes(image.initramfs.read_bytes())  # without the other /init laid over it
+        argv = [word.replace("320M", f"{self._memory}M") for word in super()._argv(kernel, initramfs)]
         argv[argv.index("-smp") + 1] = str(self._vcpus)
         return [*argv, *self._devices]
 
