@@ -21,7 +21,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Local peers come back within milliseconds; the default backoff grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    # Despite its name the time that one attempt may take, until the peer's first HTTP/2 frame.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # Two channels to one socket must not share a dead subchannel.
     ("grpc.use_local_subchannel_pool", 1),
@@ -34,7 +35,8 @@ def open_channel(
     """A channel to `address`; it connects on first use and is closed by `async with`."""
     return grpc.aio.insecure_channel(
         address.target,
-        options=[*CHANNEL_OPTIONS, *options],
+        # Merged here: of an option that is given twice gRPC takes the first.
+        options=list((dict(CHANNEL_OPTIONS) | dict(options)).items()),
         interceptors=[kind(token) for kind in _TOKEN_INTERCEPTORS] if token else [],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import time
@@ -15,7 +16,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 
 from services.common.address import Address
 from services.common.channel import open_channel
-from services.common.errors import Internal, from_rpc_error
+from services.common.errors import Internal, TimedOut, from_rpc_error
 from services.hypervisor.model import MountMode
 from voidbox.common.v1 import common_pb2
 from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
@@ -31,7 +32,7 @@ MOUNT_SECONDS = 30.0
 
 # The socket stands before the guest runs, so a connection is accepted and then waits for the
 # guest's driver; it is refused while the driver is up and the agent not yet, then tried again.
-# The first number is how long one attempt may take, the others the pause between two.
+# The first number is how long one attempt may take, the others bound the pause between two.
 _BOOT_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 20_000),
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -98,6 +99,17 @@ class Guest:
             Internal: the guest does not confirm an item; it must not be served.
             TimedOut: no answer within `seconds`.
         """
+        begin = time.monotonic()
+        try:
+            async with asyncio.timeout(seconds):
+                await self.channel.channel_ready()
+        except TimeoutError as error:
+            raise TimedOut(
+                f"box {identity.box_id}: the agent did not answer within {seconds:g} s",
+                reason="BOOT_TIMEOUT",
+                box=identity.box_id,
+            ) from error
+        # Taken only now: a clock from before the boot would be late by the boot's length.
         now = time.time_ns()
         request = guest_pb2.ClaimRequest(
             secret=identity.secret,
@@ -115,7 +127,10 @@ class Guest:
             request.root_disk.writable = identity.root_writable
         try:
             answer = await self.stub.Claim(
-                request, timeout=seconds, wait_for_ready=True, metadata=self.metadata
+                request,
+                timeout=max(0.1, seconds - (time.monotonic() - begin)),
+                wait_for_ready=True,
+                metadata=self.metadata,
             )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
