@@ -1,7 +1,7 @@
 # Everything a developer or user types; CI calls these targets and nothing else.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test check lint types imports proto-check protos proto-baseline lock guest kernel bench soak test-compose up down clean
+.PHONY: help setup setup-dev run test check lint types imports proto-check protos proto-baseline lock guest kernel bench test-compose up down clean
 
 PYTHON ?= python3
 VENV := .venv

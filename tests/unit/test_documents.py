@@ -44,7 +44,7 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
 
 
 def test_every_make_target_that_is_named_exists() -> None:
-    argv = ["make", "-C", ROOT, "-pRrq", ":"]
+    argv = ["make", "-C", str(ROOT), "-pRrq", ":"]
     listed = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
     targets = set(re.findall(r"^([a-z][a-z-]*):", listed, re.MULTILINE))
     named = {(path.name, target) for path in DOCUMENTS for target in MAKE.findall(path.read_text())}
