@@ -3,7 +3,7 @@
 <state>/hypervisor/lock          held by the one service that owns the boxes below
 <state>/hypervisor/probes.json   what probes found on this boot of the host
 <state>/hypervisor/boxes/<id>/   one box: everything of it, so removing it removes all
-    state.json  secret  exit.json  console.log  vmm.log  *.qcow2
+    state.json  secret  exit.json  vsock.stats  console.log  vmm.log  *.qcow2
     guest.sock  qmp.sock
 """
 
@@ -23,6 +23,7 @@ from services.common.paths import private_dir
 GUEST_SOCKET = "guest.sock"
 QMP_SOCKET = "qmp.sock"
 EXIT_FILE = "exit.json"
+STATS_FILE = "vsock.stats"
 CONSOLE_FILE = "console.log"
 LOG_FILE = "vmm.log"
 SECRET_FILE = "secret"  # noqa: S105 - a file's name

@@ -35,7 +35,7 @@ from services.hypervisor.model import Accelerator, BoxRecord, MountMode, Transpo
 from services.hypervisor.pidfd import Process
 from services.hypervisor.prepare import all_disks, disk_serial, share_tag
 from services.hypervisor.programs import Programs
-from services.hypervisor.shim_config import ExitRecord, ShimConfig
+from services.hypervisor.shim_config import STATS, ExitRecord, ShimConfig
 
 # Python and QEMU start within 0.3 s on an idle host; a loaded one may need long.
 START_SECONDS = 30.0
@@ -155,6 +155,7 @@ class QemuMachine:
         console_read, console_write = map(own, os.pipe2(os.O_CLOEXEC))
         console_log = own(console.create(self._directory / layout.CONSOLE_FILE))
         exit_file = given.enter_context(_new_file(self._directory / layout.EXIT_FILE))
+        stats_file = given.enter_context(_new_file(self._directory / layout.STATS_FILE, append=False))
         ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
         own(ready_write)
         ready = ours.enter_context(os.fdopen(ready_read, "rb"))
@@ -201,6 +202,7 @@ class QemuMachine:
             guest_listen_fd=guest.fileno(),
             console_read_fd=console_read,
             console_log_fd=console_log,
+            stats_fd=stats_file.fileno(),
             exit_fd=exit_file.fileno(),
             ready_fd=ready_write,
             term_seconds=_SHIM_TERM_SECONDS,
@@ -322,7 +324,11 @@ class QemuMachine:
 
     def vsock_bytes(self) -> tuple[int, int]:
         """See `Machine.vsock_bytes`."""
-        return 0, 0
+        try:
+            data = (self._directory / layout.STATS_FILE).read_bytes()
+        except OSError:
+            return 0, 0
+        return STATS.unpack(data) if len(data) == STATS.size else (0, 0)
 
     async def close(self) -> None:
         """See `Machine.close`."""
@@ -372,8 +378,9 @@ def _listen(directory_fd: int, name: str) -> socket.socket:
     return listener
 
 
-def _new_file(path: Path) -> IO[bytes]:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+def _new_file(path: Path, *, append: bool = True) -> IO[bytes]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (os.O_APPEND if append else 0)
+    fd = os.open(path, flags, 0o600)
     return os.fdopen(fd, "wb", buffering=0)
 
 

@@ -29,7 +29,14 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from services.hypervisor import console_ring, seccomp
-from services.hypervisor.shim_config import MAX_CONFIG_BYTES, ConfigInvalid, ExitRecord, Reason, ShimConfig
+from services.hypervisor.shim_config import (
+    MAX_CONFIG_BYTES,
+    STATS,
+    ConfigInvalid,
+    ExitRecord,
+    Reason,
+    ShimConfig,
+)
 from services.hypervisor.vsock.device import Limits, VsockDevice
 from services.hypervisor.vsock.errors import MachineGone
 from services.hypervisor.vsock.loop import IN, Loop
@@ -52,6 +59,9 @@ LOG_PER_SECOND = 1.0
 
 _CHANGED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ)
 """What the shim or its interpreter (the last two) handles or ignores; ignoring survives exec."""
+
+COUNT_SECONDS = 1.0
+"""How old the counters on disk may be."""
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
@@ -102,6 +112,9 @@ class Shim:
         self._status: int | None = None
         self._wakeup = socket.socketpair()
         self._console: console_ring.Writer | None = None
+        self._counters: dict[str, int] = {}
+        self._counted = (0, 0)
+        self._counting = False
 
     def run(self) -> int:
         """Serve the machine to its end; returns the shim's own exit code."""
@@ -209,7 +222,7 @@ class Shim:
                     self._exited(IN)
                     return
                 raise SetupFailed(f"cannot open the machine's memory: {error}") from error
-            VsockDevice(
+            device = VsockDevice(
                 self._loop,
                 space=ProcessMemory(memory),
                 machine_pid=self._pid,
@@ -220,6 +233,8 @@ class Shim:
                 log=self._log,
                 on_state=self._say,
             )
+            self._counters = device.counters
+            self._loop.at_turn_end(self._count)
             profile = seccomp.Profile.DEVICE
         else:
             VsockRelay(
@@ -237,6 +252,22 @@ class Shim:
         seccomp.install(profile)
 
     # Serving
+
+    def _count(self) -> bool:
+        """Have the counters written within a second, if they changed; asks for no further turn."""
+        counted = self._counters["bytes_out"], self._counters["bytes_in"]
+        if self._config.stats_fd is not None and counted != self._counted:
+            self._counted = counted
+            if not self._counting:
+                self._counting = True
+                self._loop.set_timer("count", time.monotonic() + COUNT_SECONDS, self._write_counts)
+        return False
+
+    def _write_counts(self) -> None:
+        self._counting = False
+        if self._config.stats_fd is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._config.stats_fd, STATS.pack(*self._counted), 0)
 
     def _say(self, line: str) -> None:
         """Tell `ready_fd`, once per line; whoever listened may be gone."""

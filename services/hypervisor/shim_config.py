@@ -6,11 +6,13 @@ Imports only the standard library: the shim starts with it.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 MAX_CONFIG_BYTES = 1 << 20
+STATS = struct.Struct("<QQ")
 MAX_ID = (1 << 32) - 2
 FIRST_CID, LAST_CID = 3, (1 << 32) - 2
 """0 to 2 are the hypervisor's, local and the host's; the highest is VMADDR_CID_ANY."""
@@ -42,6 +44,7 @@ class ShimConfig:
         guest_listen_fd: Listening unix socket whose clients become streams to guest port 1024.
         console_read_fd: Pipe that the guest's console is printed to, or None.
         console_log_fd: File of `services.hypervisor.console_ring` that keeps it; belongs to the pipe.
+        stats_fd: File that holds `STATS`: bytes sent to and received from the guest by vsock; or None.
         exit_fd: Empty file that receives the `ExitRecord`, or None.
         ready_fd: Pipe that receives the lines described in `services.hypervisor.shim`, or None.
         term_seconds: What QEMU gets to end on SIGTERM before SIGKILL.
@@ -60,6 +63,7 @@ class ShimConfig:
     guest_listen_fd: int
     console_read_fd: int | None = None
     console_log_fd: int | None = None
+    stats_fd: int | None = None
     exit_fd: int | None = None
     ready_fd: int | None = None
     term_seconds: float = 5.0
@@ -96,6 +100,7 @@ class ShimConfig:
             self.guest_listen_fd,
             self.console_read_fd,
             self.console_log_fd,
+            self.stats_fd,
             self.exit_fd,
             self.ready_fd,
         )

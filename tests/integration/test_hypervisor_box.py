@@ -121,6 +121,7 @@ async def test_the_same_request_returns_the_same_box_and_another_is_refused(
 async def test_stats_and_capabilities_are_measured(client: Client, shared_box: str) -> None:
     stats = await client.hypervisor.GetBoxStats(pb.GetBoxStatsRequest(box_id=shared_box))
     assert stats.cpu_time.ToTimedelta().total_seconds() > 0.5
+    assert 0 < stats.vsock_sent_bytes < stats.vsock_received_bytes * 100
     assert 100 << 20 < stats.private_bytes <= stats.resident_bytes < 2 << 30
     told = await client.hypervisor.GetCapabilities(
         pb.GetCapabilitiesRequest(kernel_path=str(guest_image().kernel))
