@@ -19,6 +19,7 @@ from guest import boot, log, syscalls
 from guest.forkserver import ForkServer
 from guest.settings import Settings
 
+_ON_DISK, _REMOTE = ("ext4",), ("9p", "virtiofs", "overlay")
 _RESTARTS = 5
 _RESTART_WINDOW = 60.0  # seconds; five deaths within it and the agent stays down
 
@@ -89,11 +90,16 @@ def power_off() -> NoReturn:
     os.sync()
     try:
         with open("/proc/self/mounts") as file:
-            targets = [line.split()[1] for line in file]
-        for target in reversed(targets):
-            if target not in ("/", "/proc", "/dev", "/sys"):
+            mounts = [line.split()[:3] for line in file]
+        for _, escaped, kind in reversed(mounts):
+            target = escaped.encode().decode("unicode_escape")
+            if kind in _ON_DISK:
+                # Read-only first: that closes the journal even where another namespace has the mount too.
                 with contextlib.suppress(OSError):
-                    syscalls.umount(target.encode().decode("unicode_escape"), syscalls.MNT_DETACH)
+                    syscalls.mount("", target, flags=syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
+            if kind in _ON_DISK or kind in _REMOTE:
+                with contextlib.suppress(OSError):
+                    syscalls.umount(target, syscalls.MNT_DETACH)
     except OSError as error:
         log.warning(f"cannot unmount: {error}")
     os.sync()

@@ -27,8 +27,8 @@ KERNEL_COMMAND_LINE = (
     "console=ttyS0 quiet panic=-1 reboot=t no_timer_check random.trust_cpu=on rootfstype=ramfs"
 )
 """rootfstype=ramfs: as a tmpfs the guest image may only take half of the RAM, and a machine of
-less than 200 MiB panics while it is unpacked. panic=-1 reboots at once and -no-reboot turns that into QEMU's end; nothing here is secret,
-since every program in the guest can read /proc/cmdline."""
+less than 200 MiB panics while it is unpacked. panic=-1 reboots at once and -no-reboot turns that
+into QEMU's end; nothing here is secret, since every program in the guest can read /proc/cmdline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,8 @@ sys.path.insert(0, {root!r})
 from guest.pid1 import run
 from guest.settings import Settings
 run(Settings(
-    run_dir={run!r}, listen="unix:" + {listen!r}, files_root={files!r}, cgroup={cgroup!r}, log={log!r}, guest=False
+    run_dir={run!r}, listen="unix:" + {listen!r}, files_root={files!r}, cgroup={cgroup!r}, log={log!r},
+    guest=False,
 ))
 """
 

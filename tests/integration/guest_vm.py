@@ -10,7 +10,6 @@ from grpc import aio
 from services.common.paths import Paths
 from services.imager.guest_image import load_guest_image
 from tests.integration import vsock_machine
-from voidbox.guest.v1 import guest_pb2_grpc
 
 SECRET = bytes(range(32))
 METADATA = (("voidbox-secret-bin", SECRET),)
@@ -33,6 +32,10 @@ class GuestMachine(vsock_machine.Machine):
         self._vcpus = vcpus
         self._devices = devices
 
+    def __enter__(self) -> GuestMachine:
+        super().__enter__()
+        return self
+
     def _argv(self, kernel: str, initramfs: Path) -> list[str]:
         image = load_guest_image(Paths.from_env(os.environ).cache)
         initramfs.write_bytes(image.initramfs.read_bytes())  # without the other /init laid over it
@@ -46,8 +49,3 @@ class GuestMachine(vsock_machine.Machine):
             f"unix:{self.guest_socket}",
             options=(("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)),
         )
-
-
-def stub(channel: aio.Channel) -> guest_pb2_grpc.GuestServiceAsyncStub:
-    """The guest's service over `channel`."""
-    return guest_pb2_grpc.GuestServiceStub(channel)  # type: ignore[no-untyped-call,no-any-return]
