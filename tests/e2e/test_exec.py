@@ -8,6 +8,7 @@ import pty
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_bytes_pass_unchanged_both_ways(voidbox: Voidbox, sandbox: str) -> None:
 
 def test_without_a_pipe_standard_input_is_empty(voidbox: Voidbox, sandbox: str) -> None:
     assert voidbox("exec", "--in", sandbox, "--", "wc", "-c").text.strip() == "0"
+
+
+def test_the_clock_is_the_hosts_not_that_of_the_boots_begin(voidbox: Voidbox, sandbox: str) -> None:
+    before = time.time()
+    words = ("exec", "--in", sandbox, "--", "python3", "-c", "import time; print(time.time())")
+    now = float(voidbox(*words).text)
+    # A boot under emulation takes more than 4 s; setting the clock, one call.
+    assert before - 3 < now < time.time() + 3
 
 
 def test_user_directory_and_environment_are_those_asked_for(voidbox: Voidbox, sandbox: str) -> None:
