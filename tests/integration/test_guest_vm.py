@@ -207,7 +207,8 @@ import socket
 for cid in (1, 2, 42, 0xffffffff):
     try:
         s = socket.socket(socket.AF_VSOCK); s.settimeout(5); s.connect((cid, 1024))
-        s.sendall(b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n\\0\\0\\0\\4\\0\\0\\0\\0\\0"); print(cid, "answer", s.recv(10))
+        s.sendall(b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n\\0\\0\\0\\4\\0\\0\\0\\0\\0")
+        print(cid, "answer", s.recv(10))
     except OSError as error:
         print(cid, "refused")
 """
