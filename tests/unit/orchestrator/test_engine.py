@@ -99,12 +99,16 @@ class World:
         self.ended: dict[str, StageState] = {}
         self.stopping: set[str] = set()
         self.closed = 0
+        self.left: set[tuple[str, int]] = set()
 
     def send(self, event: Event) -> None:
         before = self.status
         step = advance(self.plan, before, event, max_parallel=self.max_parallel)
         self.status = step.status
+        if isinstance(event, StageClosed):
+            self.left.discard((event.stage, event.attempt))
         self.check(before, step.status)
+        check_stale(before, event, step.status)
         for effect in step.effects:
             self.act(effect)
 
@@ -134,6 +138,10 @@ class World:
             case StartStage(name, attempt):
                 assert name not in self.ended
                 assert self.status.stopping is None, "nothing starts after a cancel"
+                assert (name, attempt - 1) not in self.left, (
+                    "an attempt starts when nothing of the last is left"
+                )
+                self.left.add((name, attempt))
                 self.pending.append(StageRunning(name, attempt))
             case StopStage(name):
                 assert name not in self.stopping, "a stage is stopped once"
@@ -157,6 +165,14 @@ class World:
             self.pending.append(StageDone(event.stage, event.attempt, outcome))
         if isinstance(event, StageDone):
             self.pending.append(StageClosed(event.stage, event.attempt))
+
+
+def check_stale(before: RunStatus, event: Event, after: RunStatus) -> None:
+    """Events about another attempt than the present one change nothing."""
+    if not isinstance(event, (StageRunning, StageDone, StageClosed, RetryDue)):
+        return
+    old = before.stages[event.stage]
+    assert event.attempt == old.attempts or after.stages[event.stage] == old
 
 
 @settings(max_examples=150, deadline=None)
@@ -207,6 +223,7 @@ def test_any_events_at_all_never_break_the_machine(plan: Plan, data: st.DataObje
     for event in data.draw(st.lists(events, max_size=40)):
         step = advance(plan, world.status, event, max_parallel=2)
         world.check(world.status, step.status)
+        check_stale(world.status, event, step.status)
         world.status = step.status
 
 
