@@ -66,6 +66,8 @@ async def _serve(settings: Settings, channel: socket.socket) -> None:
     hello = await control.hello
     if hello["state"]:
         gate.secret = guest.restore(hello["state"])
+    for exec_id, pid in hello["running"]:
+        guest.execs.adopt(exec_id, pid)
     address = f"{settings.run_dir}/agent.sock"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(address)

@@ -50,6 +50,13 @@ class ExecCalls:
             raise invalid("the first message of Attach is `open`", reason="NO_OPEN")
         wanted = first.open
         program = self.guest.execs.get(wanted.exec_id)
+        if program.adopted:
+            raise AgentError(
+                Code.DATA_LOSS,
+                "OUTPUT_LOST",
+                f"the agent that started exec {program.id!r} has died, and its streams with it",
+                exec_id=program.id,
+            )
         if not program.outputs:
             raise AgentError(
                 Code.UNAVAILABLE, "STARTING", f"exec {wanted.exec_id!r} is being started; try again"
@@ -283,7 +290,7 @@ def _to_exit(program: Exec) -> pb.ExecExit:
         exit_code=ended.code,
         signal=ended.signal,
         kill_reason=ended.reason,  # type: ignore[arg-type]
-        stdout_bytes=program.outputs[0].ring.end,
+        stdout_bytes=program.outputs[0].ring.end if program.outputs else 0,
         stderr_bytes=program.outputs[1].ring.end if len(program.outputs) > 1 else 0,
     )
     message.duration.FromNanoseconds(int(ended.seconds * 1e9))
@@ -298,7 +305,8 @@ def _to_info(program: Exec) -> pb.ExecInfo:
         pid=program.pid,
         clients=len(program.clients),
     )
-    info.start_time.FromNanoseconds(int(program.start_time * 1e9))
+    if program.start_time:
+        info.start_time.FromNanoseconds(int(program.start_time * 1e9))
     if program.exit is not None:
         info.exit.CopyFrom(_to_exit(program))
     return info

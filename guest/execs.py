@@ -93,6 +93,7 @@ class Exec:
         self.input: Input | None = None
         self.exit: Exit | None = None
         self.clients: set[Client] = set()
+        self.adopted = False
         self._table = table
         self._detach = start.detach
         self._detach_grace = start.detach_grace
@@ -335,7 +336,9 @@ class Execs:
 
     def after(self, sequence: int, limit: int) -> tuple[list[Exec], bool]:
         """Up to `limit` programs started after number `sequence`, and whether there are more."""
-        found = [one for one in self._all.values() if one.sequence > sequence and one.outputs]
+        found = [
+            one for one in self._all.values() if one.sequence > sequence and (one.outputs or one.adopted)
+        ]
         return found[:limit], len(found) > limit
 
     async def start(self, start: Start) -> Exec:
@@ -365,6 +368,32 @@ class Execs:
             del self._all[program.id]
             raise
         return program
+
+    def adopt(self, exec_id: str, pid: int) -> None:
+        """Take over a program of an agent that has died: it can be listed, signalled and awaited.
+
+        Its streams went with that agent, so nobody can attach to it.
+        """
+        account = Account(0, 0, (), "", "", "")
+        start = Start(
+            exec_id=exec_id,
+            program="",
+            args=[],
+            env={},
+            directory="",
+            default_directory=True,
+            account=account,
+            terminal=None,
+            timeout=0,
+            stdin=False,
+            detach=True,
+            detach_grace=0,
+            ring=0,
+        )
+        self._sequence += 1
+        program = self._all[exec_id] = Exec(self, start, self._sequence)
+        program.adopted = True
+        program.pid = pid
 
     def delete(self, exec_id: str) -> None:
         """Forget a program that has ended.

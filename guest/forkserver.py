@@ -74,7 +74,7 @@ class ForkServer:
         channel.setblocking(False)
         self._channel, self._agent = channel, agent
         self._poll.register(channel, select.POLLIN)
-        running = [(program.name, program.pid) for program in self._programs.values()]
+        running = [(program.name, program.pid) for program in self._programs.values() if program.name]
         self._send({"op": "hello", "state": state, "running": running, "cgroups": self._cgroup_base})
 
     def pass_listener(self, listener: socket.socket) -> None:

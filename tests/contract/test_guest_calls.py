@@ -21,7 +21,16 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.contract.guest_process import METADATA, SECRET, AgentProcess, duration, events, reason, wait_gone
+from tests.contract.guest_process import (
+    METADATA,
+    SECRET,
+    AgentProcess,
+    alive,
+    duration,
+    events,
+    reason,
+    wait_gone,
+)
 from voidbox.guest.v1 import guest_pb2 as pb
 
 METHODS = pb.DESCRIPTOR.services_by_name["GuestService"].methods
@@ -272,6 +281,7 @@ async def test_shutdown_ends_programs_before_it_answers_and_the_machine_after(ag
 async def test_a_dead_agent_comes_back_with_its_identity(agent: AgentProcess) -> None:
     async with agent.client() as client:
         await client.claim(env={"KEPT": "yes"})
+        _, started = await client.exec("sleep", "600", exec_id="survivor")
         first = agent.agent_pid()
         os.kill(first, signal.SIGKILL)
         wait_gone(first)
@@ -280,4 +290,17 @@ async def test_a_dead_agent_comes_back_with_its_identity(agent: AgentProcess) ->
         assert guest.claimed
         assert agent.agent_pid() != first
         assert (await client.sh("printf %s $KEPT")).stdout == b"yes"
+        # Its programs live on, can be named and ended; only their streams are gone.
+        assert alive(started.pid)
+        listed = await client.stub.ListExecs(pb.ListExecsRequest(), metadata=METADATA)
+        assert next((one.exec_id, one.pid) for one in listed.execs) == ("survivor", started.pid)
+        opening = iter([pb.AttachRequest(open=pb.AttachOpen(exec_id="survivor"))])
+        with pytest.raises(aio.AioRpcError) as caught:
+            await client.stub.Attach(opening, metadata=METADATA).read()
+        assert reason(caught.value).reason == "OUTPUT_LOST"
+        await client.stub.SignalExec(pb.SignalExecRequest(exec_id="survivor", signal=9), metadata=METADATA)
+        wait_gone(started.pid)
+        await client.sh("true")  # PID 1 tells of one end after the other
+        listed = await client.stub.ListExecs(pb.ListExecsRequest(), metadata=METADATA)
+        assert listed.execs[0].exit.signal == 9
     assert "has died" in agent.log_text()
