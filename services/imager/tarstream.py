@@ -153,7 +153,8 @@ def _number(header: bytes, at: int, length: int, what: str) -> int:
     text = text.split(b"\0", 1)[0].rstrip(b" ")
     if not text.isdigit() or b"8" in text or b"9" in text:
         raise Corrupt(
-            f"this is no tar archive, or a damaged one: {what} field {field!r} is not a number; build the image again"
+            f"this is no tar archive, or a damaged one: {what} field {field!r} is not a number; "
+            "build the image again"
         )
     return int(text, 8)
 

@@ -1,0 +1,113 @@
+"""What is fuzzed in the imager: one function for each kind of input, each with one invariant.
+
+Run one for as long as you like with coverage guidance, if `atheris` is installed:
+
+    python -m tests.fuzz.imager.targets layers [corpus directory]
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from services.common.errors import VoidboxError
+from services.imager.limits import Limits
+from services.imager.manifest import (
+    Index,
+    Platform,
+    parse_config,
+    parse_manifest,
+    require_image,
+    select_platform,
+)
+from services.imager.reference import RegistryReference, parse_reference
+from tests.imager_images import build_ext4, need
+
+CORPUS = Path(__file__).parent / "corpus"
+_LIMITS = Limits(unpacked_bytes=16 << 20, entries=2000)
+
+
+def layers(data: bytes) -> None:
+    """Any bytes as a layer are an image that e2fsck finds clean, or a clear refusal.
+
+    The first byte says where the bytes are cut into two layers. Headers get their checksum right,
+    so that what is behind it is reached.
+    """
+    data = data[:1] + _with_checksums(data[1:])
+    cut = 1 + (data[0] * len(data) // 256 if data else 0) // 512 * 512
+    with tempfile.TemporaryDirectory(prefix="fuzz") as place:
+        image = Path(place) / "image"
+        try:
+            build_ext4(image, [data[1:cut], data[cut:]], limits=_LIMITS)
+        except VoidboxError:
+            return
+        done = subprocess.run(
+            [need("e2fsck", "e2fsprogs"), "-fn", image],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def _with_checksums(data: bytes) -> bytes:
+    fixed = bytearray(data)
+    for at in range(0, len(fixed) - 511, 512):
+        if fixed[at + 257 : at + 262] == b"ustar":
+            fixed[at + 148 : at + 156] = b" " * 8
+            fixed[at + 148 : at + 156] = b"%06o\0 " % sum(fixed[at : at + 512])
+    return bytes(fixed)
+
+
+def manifests(data: bytes) -> None:
+    """Any bytes are a manifest, an index or a configuration, or refused as the caller's fault."""
+    for media_type in ("", "application/vnd.oci.image.manifest.v1+json"):
+        try:
+            parsed = parse_manifest(data, "fuzz", media_type=media_type)
+            if isinstance(parsed, Index):
+                select_platform(parsed, Platform(os="linux", architecture="amd64"), "fuzz")
+            else:
+                require_image(parsed, "fuzz")
+        except VoidboxError:
+            continue
+    try:
+        config = parse_config(data, "fuzz")
+        assert all(text.encode() is not None for text in (*config.env, *config.entrypoint, config.user))
+    except VoidboxError:
+        return
+
+
+def references(data: bytes) -> None:
+    """Any text is a reference that normalises to itself and to safe URLs, or is refused."""
+    try:
+        reference = parse_reference(data.decode(errors="replace"))
+    except VoidboxError:
+        return
+    assert parse_reference(str(reference)) == reference
+    if isinstance(reference, RegistryReference):
+        assert not {"..", ""} & set(reference.repository.split("/"))
+        assert not set(f"{reference.host}/{reference.repository}") & set(" ?#%\\@\n\t")
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "layers": layers,
+    "manifests": manifests,
+    "references": references,
+}
+
+
+def main() -> None:
+    """Fuzz the target named on the command line until it is interrupted."""
+    atheris = importlib.import_module("atheris")
+    name = sys.argv.pop(1)
+    atheris.instrument_all()
+    atheris.Setup([*sys.argv, str(CORPUS / name)], TARGETS[name])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
