@@ -20,7 +20,7 @@ from services.common.paths import Paths
 from services.common.server import serve, until_signalled
 from services.common.supervision import supervised
 from services.hypervisor.config import Config
-from services.hypervisor.inputs import Identity
+from services.hypervisor.identities import Identities
 from services.hypervisor.layout import Layout
 from services.hypervisor.probe import Prober
 from services.hypervisor.qemu import QemuDriver
@@ -48,15 +48,21 @@ async def running(
     """
     if not 0.1 <= config.memory_overcommit <= 100:
         raise InvalidInput("memory_overcommit must be 0.1 to 100", reason="BAD_CONFIG")
+    if not 0 <= config.parallel_starts <= 1000:
+        raise InvalidInput("parallel_starts must be 0 to 1000", reason="BAD_CONFIG")
     listen = Address.parse(config.listen or f"unix:{paths.runtime}/hypervisor.sock")
     token = read_token(config.token_file) if config.token_file else ""
-    root = os.geteuid() == 0
-    user = Identity(config.machine_uid, config.machine_gid) if root else Identity(os.geteuid(), os.getegid())
+    identities = Identities.for_service(config.machine_uid, config.machine_uids)
     layout = Layout(paths.state)
     with layout.locked():
-        prober = Prober(layout.probes, user, system=config.qemu, image=config.qemu_img)
+        prober = Prober(layout.probes, identities.of(0), system=config.qemu, image=config.qemu_img)
         async with Registry(
-            layout, prober, user, memory_overcommit=config.memory_overcommit, driver=driver
+            layout,
+            prober,
+            identities,
+            memory_overcommit=config.memory_overcommit,
+            parallel_starts=config.parallel_starts or max(2, len(os.sched_getaffinity(0))),
+            driver=driver,
         ) as registry:
             servicer = HypervisorServicer(registry, prober)
             async with serve(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.config import setting
+from services.hypervisor.identities import FIRST_MACHINE_UID, MACHINE_UIDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +17,12 @@ class Config:
     token_file: Path | None = setting(None, "file with the token that callers over TCP must send")
     qemu: str = setting("qemu-system-x86_64", "QEMU's program: a name on PATH or a path")
     qemu_img: str = setting("qemu-img", "QEMU's image program: a name on PATH or a path")
-    machine_uid: int = setting(65534, "user that machines run as if the service runs as root")
-    machine_gid: int = setting(65534, "group that machines run as if the service runs as root")
+    machine_uid: int = setting(
+        FIRST_MACHINE_UID,
+        "first of the users that machines run as, each its own, if the service runs as root",
+    )
+    machine_uids: int = setting(MACHINE_UIDS, "how many there are; the groups have the same numbers")
+    parallel_starts: int = setting(0, "boxes that boot at once, the others wait; 0: the CPUs, at least 2")
     memory_overcommit: float = setting(
         1.0,
         "memory promised to boxes may reach this multiple of the host's; guests take only what they touch",

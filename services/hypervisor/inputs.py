@@ -243,6 +243,11 @@ def _may_enter(info: os.stat_result, identity: Identity) -> bool:
     return info.st_mode & needed == needed
 
 
+def device_groups(info: os.stat_result) -> tuple[int, ...]:
+    """The group that a machine of ours gets so that it may open a device; never root's."""
+    return (info.st_gid,) if info.st_gid else ()
+
+
 def check_device_access(path: str, identity: Identity) -> None:
     """Whether `identity` may open a device for reading and writing, by its mode.
 
@@ -255,7 +260,7 @@ def check_device_access(path: str, identity: Identity) -> None:
         raise WrongState(f"{path}: {error.strerror}", reason="NO_DEVICE", path=path) from error
     if identity.uid == 0:
         return
-    groups = {identity.gid, *(os.getgroups() if identity.uid == os.geteuid() else ())}
+    groups = {identity.gid, *(device_groups(info) if os.geteuid() == 0 else os.getgroups())}
     if info.st_uid == identity.uid:
         needed = 0o600
     elif info.st_gid in groups:

@@ -13,6 +13,7 @@ from services.common.errors import InvalidInput, NotBuilt
 from services.hypervisor import disks, inputs
 from services.hypervisor.claim import Attachment
 from services.hypervisor.driver import MachinePlan
+from services.hypervisor.identities import Identities
 from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, BoxConfig, Disk, MountMode, Transport
 from services.hypervisor.programs import Programs
@@ -24,11 +25,13 @@ MAX_MOUNTS = 16
 ROOT_SERIAL = "root"
 
 
-def choose_cid(taken: Collection[int]) -> int:
-    """A CID that no box of ours has."""
-    while (cid := random.randint(_FIRST_CID, _LAST_CID)) in taken:  # noqa: S311 - uniqueness only
-        pass
-    return cid
+def choose_cid(taken: Collection[int], identities: Identities) -> int:
+    """A CID that no box of ours has, and whose user no other box is as long as there are enough."""
+    slots = {identities.slot(cid) for cid in taken}
+    while True:
+        cid = random.randint(_FIRST_CID, _LAST_CID)  # noqa: S311 - uniqueness only
+        if cid not in taken and (identities.slot(cid) not in slots or len(slots) == identities.count):
+            return cid
 
 
 def all_disks(config: BoxConfig) -> tuple[Disk, ...]:

@@ -152,7 +152,7 @@ class Prober:
                 cwd="/",
                 user=self._identity.uid if drop else None,
                 group=self._identity.gid if drop else None,
-                extra_groups=[os.stat(KVM).st_gid] if drop else None,
+                extra_groups=inputs.device_groups(os.stat(KVM)) if drop else None,
             )
         finally:
             os.close(fd)

@@ -30,10 +30,11 @@ from services.hypervisor.argv import (
 )
 from services.hypervisor.driver import Machine, MachinePlan
 from services.hypervisor.failure import Remains
-from services.hypervisor.inputs import Identity
+from services.hypervisor.inputs import Identity, device_groups
 from services.hypervisor.model import Accelerator, BoxRecord, MountMode, Transport
 from services.hypervisor.pidfd import Process
 from services.hypervisor.prepare import all_disks, disk_serial, share_tag
+from services.hypervisor.probe import KVM
 from services.hypervisor.programs import Programs
 from services.hypervisor.shim_config import STATS, ExitRecord, ShimConfig
 
@@ -424,7 +425,7 @@ def _accelerator_groups(accelerator: Accelerator) -> tuple[int, ...]:
     """The group that may open /dev/kvm, if the accelerator is KVM."""
     if accelerator is not Accelerator.KVM:
         return ()
-    return (os.stat("/dev/kvm").st_gid,)
+    return device_groups(os.stat(KVM))
 
 
 def _remains(directory: Path, shutdown: str) -> Remains:

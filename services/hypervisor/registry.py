@@ -17,7 +17,7 @@ from services.hypervisor.admission import Host
 from services.hypervisor.box import DEFAULT_STOP_GRACE, Box, Phases
 from services.hypervisor.claim import Identity
 from services.hypervisor.driver import Driver
-from services.hypervisor.inputs import Identity as MachineUser
+from services.hypervisor.identities import Identities
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import BoxConfig, BoxRecord, check_box_id
 from services.hypervisor.pidfd import host_boot_id, kill_now
@@ -55,16 +55,19 @@ class Registry:
         self,
         layout: Layout,
         prober: Prober,
-        machine_user: MachineUser,
+        identities: Identities,
         *,
         memory_overcommit: float,
+        parallel_starts: int,
         driver: DriverFactory = QemuDriver,
     ) -> None:
         self._layout = layout
         self._prober = prober
-        self._machine_user = machine_user
+        self._identities = identities
         self._overcommit = memory_overcommit
         self._driver = driver
+        # Guests that boot all at once on few processors would all miss their time limits.
+        self._starts = asyncio.Semaphore(parallel_starts)
         self._boxes: dict[str, Box] = {}
         self._creations: dict[str, _Creation] = {}
         self.watchers = Watchers()
@@ -191,7 +194,7 @@ class Registry:
             id=box_id,
             config=config,
             create_time=time.time(),
-            cid=prepare.choose_cid(taken),
+            cid=prepare.choose_cid(taken, self._identities),
             host_boot_id=host_boot_id(),
         )
         box = Box(fresh, self._layout.box(box_id), self.watchers.changed)
@@ -217,7 +220,10 @@ class Registry:
 
     async def _create(self, box: Box, start_seconds: float) -> None:
         try:
-            await self._start(box, start_seconds)
+            phases = Phases()
+            async with self._starts:
+                phases.add("queue")
+                await self._start(box, start_seconds, phases)
         except BaseException as error:
             stopped = isinstance(error, asyncio.CancelledError)
             await box.destroy("stopped while it was starting" if stopped else str(error))
@@ -228,8 +234,7 @@ class Registry:
                 raise record.full_disk(error, self._layout.boxes) from error
             raise
 
-    async def _start(self, box: Box, start_seconds: float) -> None:
-        phases = Phases()
+    async def _start(self, box: Box, start_seconds: float, phases: Phases) -> None:
         config = box.record.config
         found = await self._prober.programs()
         accelerator = await self._prober.accelerator(config.kernel_path, config.accelerator)
@@ -246,7 +251,7 @@ class Registry:
                 accelerator=accelerator,
                 transport=transport,
                 cid=box.record.cid,
-                fallback=self._machine_user,
+                fallback=self._identities.of(box.record.cid),
                 stack=stack,
             )
             identity = Identity(

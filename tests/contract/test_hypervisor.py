@@ -81,7 +81,7 @@ async def create(service: Harness) -> None:
     assert box.config == service.config(
         labels={"a": "1"}, env={"X": "y"}, resources={"memory_mib": 64, "vcpus": 1}
     )
-    assert [phase.name for phase in box.phases] == ["prepare", "spawn", "boot"]
+    assert [phase.name for phase in box.phases] == ["queue", "prepare", "spawn", "boot"]
     assert box.create_time.ToNanoseconds() < box.ready_time.ToNanoseconds()
     claim = service.driver.machines["b"].guest.claims[0]
     assert (claim.box_id, claim.hostname, dict(claim.env)) == ("b", "b", {"X": "y"})

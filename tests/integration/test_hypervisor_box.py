@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-import subprocess
+import shutil
 import uuid
 from pathlib import Path
 
 import pytest
 
+from services.common import process
 from services.common.errors import (
     AlreadyExists,
     Denied,
@@ -21,6 +22,7 @@ from services.common.errors import (
     VoidboxError,
     WrongState,
 )
+from services.hypervisor.identities import FIRST_MACHINE_UID
 from tests.vm import (
     BOX_KEY,
     Client,
@@ -65,8 +67,9 @@ async def test_the_machine_runs_without_privileges(client: Client, shared_box: s
         for line in Path(f"/proc/{box.vmm_pid}/status").read_text().splitlines()
         if ":\t" in line
     )
-    uid = 65534 if os.geteuid() == 0 else os.geteuid()
-    assert status["Uid"].split() == [str(uid)] * 4
+    (uid,) = set(map(int, status["Uid"].split()))
+    assert uid >= FIRST_MACHINE_UID if os.geteuid() == 0 else uid == os.geteuid()
+    assert Path(f"/proc/{box.vmm_pid}").stat().st_uid == uid
     assert status["NoNewPrivs"] == "1"
     assert int(status["CapEff"], 16) == 0
     assert status["Seccomp"] == "2"
@@ -269,23 +272,19 @@ async def test_mounts_are_read_only_or_writable_as_asked(client: Client) -> None
             await client.delete("mounts")
 
 
-def make_disk(path: Path, content: str) -> None:
+async def make_disk(path: Path, content: str, size: str = "16M") -> None:
     """An ext4 image with one file."""
     tree = path.with_suffix(".tree")
     (tree / "data").mkdir(parents=True)
     (tree / "data/file").write_text(content)
-    subprocess.run(
-        ["mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(path), "16M"],
-        check=True,
-        stdin=subprocess.DEVNULL,
-    )
+    await process.run(["mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(path), size])
 
 
 async def test_disks_are_attached_read_only_or_with_a_private_layer(
     client: Client, hypervisor: HypervisorProcess, tmp_path: Path
 ) -> None:
     base = tmp_path / "base.ext4"
-    make_disk(base, "on the disk")
+    await make_disk(base, "on the disk")
     before = base.read_bytes()
     disks = [
         pb.Disk(base_path=str(base), guest_path="/skills/one"),
@@ -307,6 +306,29 @@ async def test_disks_are_attached_read_only_or_with_a_private_layer(
         assert (hypervisor.layout.box("disks") / "disk1.qcow2").exists()
     finally:
         await client.delete("disks")
+
+
+async def test_programs_run_in_the_root_disk_and_write_to_their_own_layer_only(
+    client: Client, tmp_path: Path
+) -> None:
+    base = tmp_path / "root.ext4"
+    tree = tmp_path / "root"
+    (tree / "bin").mkdir(parents=True)
+    shutil.copy("/bin/busybox", tree / "bin/busybox")
+    (tree / "bin/sh").symlink_to("busybox")
+    (tree / "marker").write_text("the image's root")
+    argv = ["mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(base), "32M"]
+    await process.run(argv)
+    before = base.read_bytes()
+    await client.create("rooted", root_disk=pb.Disk(base_path=str(base), writable=True))
+    try:
+        script = "busybox cat /marker; echo new > /written; busybox cat /written"
+        exit_, out, error = await client.run("rooted", "sh", "-c", script, user="0:0")
+        assert exit_.exit_code == 0, error
+        assert out == b"the image's rootnew\n"
+        assert base.read_bytes() == before
+    finally:
+        await client.delete("rooted")
 
 
 @pytest.mark.parametrize(
@@ -403,6 +425,8 @@ async def test_stop_asks_the_guest_and_delete_leaves_nothing(
 ) -> None:
     boxes = await asyncio.gather(client.create("one", labels={"n": "1"}), client.create("two"))
     assert boxes[0].boot_id != boxes[1].boot_id
+    owners = {Path(f"/proc/{box.vmm_pid}").stat().st_uid for box in boxes}
+    assert len(owners) == (2 if os.geteuid() == 0 else 1)
     listed = await client.hypervisor.ListBoxes(pb.ListBoxesRequest(labels={"n": "1"}))
     assert [box.id for box in listed.boxes] == ["one"]
     call = client.guest.Exec(metadata=((BOX_KEY, "two"),))

@@ -6,14 +6,19 @@ Each test has a service of its own, which it harms.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from services.common.errors import NotFound, Unavailable, WrongState
+from services.common import process
+from services.common.errors import Exhausted, NotFound, Unavailable, WrongState
 from services.hypervisor.inputs import Identity
 from services.hypervisor.pidfd import children, start_time
 from services.hypervisor.probe import Prober
@@ -178,6 +183,50 @@ async def run_unprivileged(uid: int, home: Path) -> None:
             stats = await client.hypervisor.GetBoxStats(pb.GetBoxStatsRequest(box_id="plain"))
             assert stats.resident_bytes > 100 << 20
             await client.delete("plain")
+
+
+@contextlib.contextmanager
+def small_disk(mib: int) -> Iterator[Path]:
+    """A file system of its own of that size."""
+    with tempfile.TemporaryDirectory(prefix="voidbox-small-") as name:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", name], check=True)
+        try:
+            yield Path(name)
+        finally:
+            subprocess.run(["umount", name], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+async def test_a_full_disk_is_said_to_be_full_and_leaves_nothing() -> None:
+    with small_disk(32) as directory, HypervisorProcess(directory=directory) as service:
+        async with service.connected() as client:
+            error = await refused(client.create("full"))
+            assert isinstance(error, Exhausted)
+            assert error.reason == "DISK_FULL"
+            assert "VOIDBOX_STATE_DIR" in error.message
+            service.assert_nothing_runs()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+async def test_a_guest_that_fills_the_hosts_disk_gets_errors_and_lives(tmp_path: Path) -> None:
+    base = tmp_path / "base.ext4"
+    await process.run(["mke2fs", "-q", "-t", "ext4", str(base), "300M"])
+    with small_disk(100) as directory, HypervisorProcess(directory=directory) as service:
+        async with service.connected() as client:
+            await client.create(
+                "filler", disks=[{"base_path": str(base), "guest_path": "/big", "writable": True}]
+            )
+            exit_, _, error = await client.run(
+                "filler", "sh", "-c", "dd if=/dev/urandom of=/big/x bs=1M count=200 conv=fsync", user="root"
+            )
+            assert exit_.exit_code != 0
+            assert b"rror" in error
+            exit_, out, _ = await client.run("filler", "echo", "alive")
+            assert out == b"alive\n"
+            stopped = (await client.hypervisor.StopBox(pb.StopBoxRequest(box_id="filler"))).box
+            assert stopped.state == pb.BOX_STATE_STOPPED
+            await client.delete("filler")
+            service.assert_nothing_runs()
 
 
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="there is no /dev/kvm to open")

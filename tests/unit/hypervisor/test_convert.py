@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from services.common.errors import InvalidInput, WrongState
 from services.hypervisor import convert
+from services.hypervisor.identities import Identities
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import BoxConfig, BoxRecord, check_box_id
 from services.hypervisor.prepare import attachments, choose_cid
@@ -84,8 +85,9 @@ def test_ids_that_are_no_safe_names_are_refused(box_id: str) -> None:
 def test_a_cid_is_never_given_twice() -> None:
     taken: set[int] = set()
     for _ in range(100):
-        taken.add(choose_cid(taken))
-    assert len(taken) == 100
+        taken.add(choose_cid(taken, Identities(1000, 110)))
+    assert len(taken) == len({cid % 110 for cid in taken}) == 100
+    assert choose_cid(taken, Identities(1000, 1)) not in taken
     assert min(taken) > 2
 
 
