@@ -13,7 +13,8 @@ from services.imager.progress import Progress, Report
 
 # Reports of one subject come at most this often, except its first and last.
 REPORT_SECONDS: Final = 0.1
-_THREADS: Final = 16
+_LONG_THREADS: Final = 16  # pulls and builds at once; more wait
+_SHORT_THREADS: Final = 8  # look-ups, which must not wait for pulls
 
 Result = TypeVar("Result")
 
@@ -22,7 +23,8 @@ class Jobs:
     """The threads of one imager; a context manager that cancels and awaits what still runs."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_THREADS, "imager")
+        self._long = ThreadPoolExecutor(_LONG_THREADS, "imager-long")
+        self._short = ThreadPoolExecutor(_SHORT_THREADS, "imager-short")
         self._running: set[Cancel] = set()
 
     async def __aenter__(self) -> Self:
@@ -31,14 +33,18 @@ class Jobs:
     async def __aexit__(self, *_: object) -> None:
         for cancel in list(self._running):
             cancel.cancel()
-        await asyncio.to_thread(self._pool.shutdown)
+        for pool in (self._long, self._short):
+            await asyncio.to_thread(pool.shutdown)
 
     async def run(self, work: Callable[[Cancel], Result]) -> Result:
-        """The result of `work` in a thread; cancelling the task cancels the work."""
+        """The result of `work`, which is short, in a thread; cancelling the task cancels the work."""
+        return await self._run(self._short, work)
+
+    async def _run(self, pool: ThreadPoolExecutor, work: Callable[[Cancel], Result]) -> Result:
         cancel = Cancel()
         self._running.add(cancel)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work, cancel)
+            return await asyncio.get_running_loop().run_in_executor(pool, work, cancel)
         finally:
             cancel.cancel()
             self._running.discard(cancel)
@@ -50,7 +56,7 @@ class Jobs:
         queue: asyncio.Queue[Progress | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         reports = _Throttle(lambda item: loop.call_soon_threadsafe(queue.put_nowait, item))
-        task = asyncio.ensure_future(self.run(lambda cancel: work(reports, cancel)))
+        task = asyncio.ensure_future(self._run(self._long, lambda cancel: work(reports, cancel)))
         task.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (item := await queue.get()) is not None:

@@ -295,6 +295,10 @@ class RegistrySource:
     def _get_manifest(self, name: str) -> tuple[bytes, str, str]:
         url = f"{self._client.prefix}://{self._container.manifest_url(name)}"
         with self._request(url, {"Accept": ", ".join(MANIFEST_TYPES)}) as response:
+            if response.status_code == 400 and self._client.prefix == "http":
+                # How a TLS server answers plain HTTP, where that was only allowed, not demanded.
+                self._client.prefix = "https"
+                return self._get_manifest(name)
             self._check_status(response, f"manifest {name}")
             data = self._read(response, self._limits.manifest_bytes + 1, f"manifest {name}")
             media_type = response.headers.get("Content-Type", "").split(";")[0].strip()

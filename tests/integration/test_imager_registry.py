@@ -192,6 +192,28 @@ def test_a_private_registry_needs_the_login_from_the_auth_file(tmp_path: Path) -
                     images.pull(f"{host}/app:t")
 
 
+def test_a_registry_with_tls_is_trusted_by_its_certificate_only(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    openssl = need("openssl", "openssl")
+    run(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+        "-keyout", key,
+        "-out", certificate, "-days", "2", "-subj", "/CN=registry",
+        "-addext", "subjectAltName=IP:127.0.0.1")  # fmt: skip
+    layout = make_layout(tmp_path / "layout", TARS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tls = {"certificate": str(certificate), "key": str(key)}
+    more = {"http": {"addr": f"127.0.0.1:{port}", "tls": tls}}
+    with docker_registry(tmp_path / "registry", more):
+        name = f"127.0.0.1:{port}/app:t"
+        push(layout, name)
+        with pytest.raises(Unavailable, match=r"no trusted TLS connection.*--ca-bundle"):
+            store(tmp_path / "without").pull(name)
+        settings = RegistrySettings(attempts=1, ca_bundle=certificate)
+        assert store(tmp_path / "with", settings).pull(name).layers
+
+
 # --- registries that misbehave -------------------------------------------------------------------
 
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
