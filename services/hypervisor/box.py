@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.common.errors import Internal, TimedOut, Unavailable, VoidboxError, WrongState
+from services.common.errors import Cancelled, Internal, TimedOut, Unavailable, VoidboxError, WrongState
 from services.hypervisor import failure, layout, prepare, record, stats
 from services.hypervisor.claim import Guest, Identity
 from services.hypervisor.driver import Driver, Machine, MachinePlan
@@ -107,6 +107,7 @@ class Box:
         self._update(
             state=BoxState.RUNNING, boot_id=claimed.boot_id, ready_time=time.time(), phases=phases.done
         )
+        log.info("box %s runs after %.1f s", self.id, time.time() - self.record.create_time)
         self._serve(machine)
 
     def _spawned(self, pid: int, started: int) -> None:
@@ -267,8 +268,18 @@ class Box:
             state=state,
         )
 
-    async def died(self) -> Unavailable | None:
-        """The error of a call that the box's end has cut off; None if the box lives."""
+    async def explain(self, failure: VoidboxError) -> VoidboxError:
+        """`failure` of a call to the guest, or what it means if the box's end has cut the call off.
+
+        What the guest itself answered names a reason of its own and is returned as it is.
+        """
+        if not isinstance(failure, (Unavailable, Cancelled)) or failure.reason != failure.default_reason:
+            return failure
+        if isinstance(failure, Cancelled) and not self.ended.is_set():
+            return failure
+        return await self._died() or failure
+
+    async def _died(self) -> Unavailable | None:
         machine = self._machine
         if machine is None and not self.ended.is_set():
             return None

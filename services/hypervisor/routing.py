@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from services.common.errors import Cancelled, Denied, InvalidInput, NotFound, Unavailable, from_rpc_error
+from services.common.errors import Denied, InvalidInput, NotFound, Unavailable, from_rpc_error
 from services.common.forward import Forwarder, Metadata, Target
 from services.hypervisor.claim import SECRET_KEY
 from services.hypervisor.registry import Registry
@@ -82,15 +82,14 @@ class BoxForwarder(grpc.GenericRpcHandler):
 
     async def _explain(self, metadata: Metadata, error: grpc.aio.AioRpcError) -> None:
         """Say that the box has ended where the guest's connection merely broke."""
-        failure = from_rpc_error(error)
         box_id = box_id_of(metadata)
-        if not box_id or not isinstance(failure, (Unavailable, Cancelled)):
+        if not box_id:
             return
+        failure = from_rpc_error(error)
         try:
             box = self._registry.get(box_id)
         except NotFound:
             raise Unavailable(f"box {box_id} was deleted", reason="BOX_DIED", box=box_id) from None
-        if isinstance(failure, Cancelled) and not box.ended.is_set():
-            return
-        if (ended := await box.died()) is not None:
-            raise ended
+        explained = await box.explain(failure)
+        if explained is not failure:
+            raise explained

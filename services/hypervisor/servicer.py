@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from services.common.errors import InvalidInput
+from services.common.errors import InvalidInput, VoidboxError, WrongState
 from services.hypervisor import console, convert, layout
 from services.hypervisor.box import DEFAULT_STOP_GRACE
 from services.hypervisor.capabilities import describe_host
@@ -107,6 +107,8 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
         """Streams the console log."""
         box = self._registry.get(request.box_id)
         path = box.directory / layout.CONSOLE_FILE
+        if not path.exists():
+            raise WrongState(f"box {box.id} has no console yet", reason="NO_CONSOLE", box=box.id)
         async for offset, data in console.read(path, request.offset, follow=request.follow, ended=box.ended):
             yield pb.ReadConsoleResponse(offset=offset, data=data)
 
@@ -119,8 +121,11 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
             raise InvalidInput("the first message must be `open`", reason="BAD_FIRST_MESSAGE")
         box = self._registry.get(first.open.box_id)
         with box.in_use():
-            async for data in tunnel(box.guest, first.open.port, _upward(request_iterator)):
-                yield pb.ForwardPortResponse(data=data)
+            try:
+                async for data in tunnel(box.guest, first.open.port, _upward(request_iterator)):
+                    yield pb.ForwardPortResponse(data=data)
+            except VoidboxError as error:
+                raise await box.explain(error) from error
 
     async def ForkBox(self, request: pb.ForkBoxRequest, context: Context) -> pb.ForkBoxResponse:
         """Not built in this version."""

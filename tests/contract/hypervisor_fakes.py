@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from services.common.errors import NotFound, WrongState
+from services.common.errors import NotFound, VoidboxError, WrongState, abort
 from services.hypervisor import claim, console, console_ring, layout
 from services.hypervisor.driver import Machine, MachinePlan
 from services.hypervisor.failure import Remains
@@ -32,6 +32,7 @@ class FakeGuest(guest_pb2_grpc.GuestServiceServicer):
         self.confirm: dict[str, Any] = {}
         self.on_shutdown: Callable[[], None] = lambda: None
         self.hold = asyncio.Event()
+        self.broken: VoidboxError | None = None
 
     async def Claim(self, request: guest_pb2.ClaimRequest, context: Any) -> guest_pb2.ClaimResponse:  # noqa: N802
         self.claims.append(request)
@@ -50,6 +51,8 @@ class FakeGuest(guest_pb2_grpc.GuestServiceServicer):
         return guest_pb2.MountResponse()
 
     async def GetGuest(self, request: Any, context: Any) -> guest_pb2.GetGuestResponse:  # noqa: N802
+        if self.broken is not None:
+            await abort(context, self.broken)
         self.secrets.append(dict(context.invocation_metadata()).get(claim.SECRET_KEY))
         return guest_pb2.GetGuestResponse(boot_id=BOOT_ID, claimed=True)
 

@@ -368,6 +368,27 @@ async def test_calls_of_a_box_that_dies_end_with_its_reason(service: Harness) ->
     assert "SIGKILL" in later.message
 
 
+async def test_a_tunnel_of_a_box_that_dies_ends_with_its_reason(service: Harness) -> None:
+    await service.create("b")
+    call = service.hypervisor.ForwardPort(timeout=20)
+    await call.write(pb.ForwardPortRequest(open=pb.ForwardPortOpen(box_id="b", port=80)))
+    answers = aiter(call)
+    await anext(answers)
+    service.driver.machines["b"].end(Remains(recorded=True, exit_signal=9))
+    error = await refused(anext(answers))
+    assert error.reason == "BOX_DIED"
+    call.cancel()
+
+
+async def test_what_the_guest_says_is_unavailable_is_not_taken_for_the_boxs_end(service: Harness) -> None:
+    await service.create("b")
+    service.driver.machines["b"].guest.broken = Unavailable("nobody listens", reason="PORT_CLOSED")
+    call = service.guest.GetGuest(guest_pb2.GetGuestRequest(), metadata=((BOX_KEY, "b"),))
+    async with asyncio.timeout(1.5):
+        error = await refused(call)
+    assert (type(error), error.reason) == (Unavailable, "PORT_CLOSED")
+
+
 async def test_a_guest_that_powers_off_unasked_has_failed_and_asked_has_stopped(service: Harness) -> None:
     await service.create("a")
     await service.create("b")
