@@ -57,7 +57,8 @@ class StdinBuffer:
     async def put(self, data: bytes) -> None:
         """Append `data` (not longer than a chunk) once there is room."""
         async with self._change:
-            await self._change.wait_for(lambda: len(self._data) < self._window)
+            # Never more than a window under way, and a window that is too small for a chunk still moves.
+            await self._change.wait_for(lambda: not self._data or len(self._data) + len(data) <= self._window)
             self._data += data
             self._change.notify_all()
 
@@ -136,8 +137,7 @@ class Execution:
         # Whether to join instead of start; whether the call under way does; what has been seen so far.
         self._attach = self._attaching = self._started = self._broken = False
         self._writing = asyncio.Lock()
-        self._pending: list[guest_pb2.ExecInput] = []
-        self._live = False
+        self._outbox: asyncio.Queue[guest_pb2.ExecInput] = asyncio.Queue()
         self._reader: asyncio.Task[None] | None = None
         self._exit: guest_pb2.ExecExit | None = None
 
@@ -163,13 +163,13 @@ class Execution:
             self._call.cancel()
         await _end(self._reader)
 
-    async def signal(self, number: int) -> None:
+    def signal(self, number: int) -> None:
         """Send a signal to the program's process group; kept until it runs."""
-        await self._send(guest_pb2.ExecInput(signal=number))
+        self._outbox.put_nowait(guest_pb2.ExecInput(signal=number))
 
-    async def resize(self, columns: int, rows: int) -> None:
+    def resize(self, columns: int, rows: int) -> None:
         """Tell the terminal's new size."""
-        await self._send(guest_pb2.ExecInput(resize=guest_pb2.Terminal(columns=columns, rows=rows)))
+        self._outbox.put_nowait(guest_pb2.ExecInput(resize=guest_pb2.Terminal(columns=columns, rows=rows)))
 
     async def output(self) -> AsyncIterator[Output]:
         """The program's output as it comes, until its end.
@@ -180,18 +180,18 @@ class Execution:
         outage = Outage(RECONNECT_SECONDS)
         while self._exit is None:
             call = self._call = await self._open()
-            feeder: asyncio.Task[None] | None = None
+            senders: list[asyncio.Task[None]] = []
             try:
                 while (response := await call.read()) is not grpc.aio.EOF:
                     event = cast("guest_pb2.ExecResponse | guest_pb2.AttachResponse", response).event
                     kind = event.WhichOneof("event")
                     if kind == "started":
                         outage.over()
-                        feeder = await self._joined(call, event.started)
+                        senders += await self._joined(call, event.started)
                     elif kind == "output":
                         if data := self._fresh(event.output):
                             yield Output(stderr=event.output.stream == STDERR, data=data)
-                        await self._took(call, event.output)
+                        self._took(event.output)
                     elif kind == "stdin_offset":
                         await self._input.taken(event.stdin_offset)
                     elif kind == "exit":
@@ -203,9 +203,9 @@ class Execution:
             except Unavailable as error:
                 await self._recover(error, outage)
             finally:
-                self._live = False
                 call.cancel()
-                await _end(feeder)
+                for task in senders:
+                    await _end(task)
 
     async def _open(self) -> grpc.aio.StreamStreamCall[Any, Any]:
         """Start the program, or join it at our offsets."""
@@ -229,16 +229,14 @@ class Execution:
 
     async def _joined(
         self, call: grpc.aio.StreamStreamCall[Any, Any], started: guest_pb2.ExecStarted
-    ) -> asyncio.Task[None] | None:
-        """The program runs: send what has waited for that, and its input from where it has it."""
-        self._started = self._attach = self._live = True
+    ) -> list[asyncio.Task[None]]:
+        """The program runs: send what waits for that, and its input from where it has it."""
+        self._started = self._attach = True
         await self._input.taken(started.stdin_offset, started.stdin_window_bytes)
-        pending, self._pending = self._pending, []
-        for item in pending:
-            await self._send(item)
-        if self._source is None:
-            return None
-        return asyncio.create_task(self._feed(call, started.stdin_offset), name="feed stdin")
+        tasks = [asyncio.create_task(self._post(call), name="post")]
+        if self._source is not None:
+            tasks.append(asyncio.create_task(self._feed(call, started.stdin_offset), name="feed stdin"))
+        return tasks
 
     async def _recover(self, error: Exception, outage: Outage) -> None:
         """Decide how to go on after a failed attempt, or raise its error."""
@@ -265,25 +263,30 @@ class Execution:
             )
         return chunk.data[expected - chunk.offset :]
 
-    async def _took(self, call: grpc.aio.StreamStreamCall[Any, Any], chunk: guest_pb2.OutputChunk) -> None:
+    def _took(self, chunk: guest_pb2.OutputChunk) -> None:
         """The caller has taken a chunk: remember it, and let the guest forget it now and then."""
         end = max(self._offsets[chunk.stream], chunk.offset + len(chunk.data))
         self._offsets[chunk.stream] = end
         if end - self._acked[chunk.stream] >= ACK_BYTES:
             self._acked[chunk.stream] = end
             ack = guest_pb2.OutputAck(stream=chunk.stream, offset=end)
-            await self._input_to(call, guest_pb2.ExecInput(ack=ack))
+            self._outbox.put_nowait(guest_pb2.ExecInput(ack=ack))
 
-    async def _send(self, item: guest_pb2.ExecInput) -> None:
-        if self._live and self._call is not None:
-            await self._input_to(self._call, item)
-        else:
-            self._pending.append(item)
+    async def _post(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+        """Send acknowledgements, signals and sizes over one connection, as they come.
 
-    async def _input_to(self, call: grpc.aio.StreamStreamCall[Any, Any], item: guest_pb2.ExecInput) -> None:
+        In a task of its own: a write can wait for the peer, which waits for us to read.
+        """
+        while True:
+            item = await self._outbox.get()
+            if not await self._input_to(call, item):
+                self._outbox.put_nowait(item)  # for the next connection
+                return
+
+    async def _input_to(self, call: grpc.aio.StreamStreamCall[Any, Any], item: guest_pb2.ExecInput) -> bool:
         make = guest_pb2.AttachRequest if self._attaching else guest_pb2.ExecRequest
         async with self._writing:
-            await _write(call, make(input=item))
+            return await _write(call, make(input=item))
 
     async def _feed(self, call: grpc.aio.StreamStreamCall[Any, Any], position: int) -> None:
         """Send the input from `position` on over one connection."""
@@ -304,10 +307,12 @@ class Execution:
             await self._input.finish()
 
 
-async def _write(call: grpc.aio.StreamStreamCall[Any, Any], message: object) -> None:
-    """Write; a call that has ended takes no more, and the reading side learns why."""
+async def _write(call: grpc.aio.StreamStreamCall[Any, Any], message: object) -> bool:
+    """Write; False if the call has ended and takes no more: the reading side learns why."""
     with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
         await call.write(message)
+        return True
+    return False
 
 
 async def _end(task: asyncio.Task[None] | None) -> None:

@@ -245,12 +245,12 @@ class _Session:
                     work.cancel()
                 continue
             if number == signal.SIGWINCH:
-                await self._running.resize(*terminal.window_size(0))
+                self._running.resize(*terminal.window_size(0))
                 continue
             interrupts += number == signal.SIGINT
             if interrupts > PATIENCE:
                 self._context.screen.note("the program does not end; killing it")
-            await self._running.signal(signal.SIGKILL if interrupts > PATIENCE else number)
+            self._running.signal(signal.SIGKILL if interrupts > PATIENCE else number)
 
 
 def _why(run: pb.Run) -> VoidboxError:

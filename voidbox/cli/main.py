@@ -34,28 +34,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = parse(words)
-        screen = Screen.of(args.output, no_color=args.no_color, env=os.environ)
-        if args.command == "version":
-            import voidbox
-
-            screen.result(
-                f"voidbox {voidbox.__version__}", {"name": "voidbox", "version": voidbox.__version__}
-            )
-            return ExitCode.OK
-        if args.command == "completion":
-            from voidbox.cli.completion import script
-
-            print(script(args.shell), end="")
-            return ExitCode.OK
-        return _command(args.command, args, screen)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         quiet_broken_pipe()
         return ExitCode.BROKEN_PIPE
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
-    finally:
-        _flush()
+
+
+def _run(words: list[str]) -> int:
+    args = parse(words)
+    screen = Screen.of(args.output, no_color=args.no_color, env=os.environ)
+    if args.command == "version":
+        import voidbox
+
+        data = {"name": "voidbox", "version": voidbox.__version__}
+        screen.result(f"voidbox {voidbox.__version__}", data)
+        return ExitCode.OK
+    if args.command == "completion":
+        from voidbox.cli.completion import script
+
+        print(script(args.shell), end="")
+        return ExitCode.OK
+    return _command(args.command, args, screen)
 
 
 def _command(name: str, args: object, screen: Screen) -> int:
@@ -87,13 +90,6 @@ def _command(name: str, args: object, screen: Screen) -> int:
         code = of_error(error)
         screen.error(error, code)
         return code
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except (BrokenPipeError, ValueError):
-        quiet_broken_pipe()
 
 
 if __name__ == "__main__":
