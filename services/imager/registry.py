@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import oras.container
 import oras.provider
@@ -46,6 +46,7 @@ _CHUNK: Final = 1 << 18
 _MAX_REDIRECTS: Final = 5
 _TRANSIENT_STATUSES: Final = {408, 429, 500, 502, 503, 504}
 _MAX_RETRY_AFTER_SECONDS: Final = 20.0
+_MAX_SHORT_ANSWER: Final = 1 << 20
 _USER_AGENT: Final = "voidbox"
 Result = TypeVar("Result")
 
@@ -94,9 +95,9 @@ class _InsecureRedirect(requests.RequestException):
 
 
 class _Session(requests.Session):
-    """A session that always has time limits and takes nothing from the environment.
+    """A session that always has limits and takes nothing from the environment.
 
-    `requests` drops the Authorization header when a redirect leads to another host.
+    Redirects are followed here: `requests` would read the whole body of each into memory.
     """
 
     def __init__(self, settings: RegistrySettings, plain_allowed: bool) -> None:
@@ -104,27 +105,52 @@ class _Session(requests.Session):
         self._settings = settings
         self._plain_allowed = plain_allowed
         self.trust_env = False  # else ~/.netrc may add or replace credentials
-        self.max_redirects = _MAX_REDIRECTS
         self.headers.update({"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"})
 
     def request(self, method: str, url: str, **options: Any) -> requests.Response:  # type: ignore[override]
         settings = self._settings
-        options.setdefault("timeout", (settings.connect_seconds, settings.read_seconds))
-        options["proxies"] = dict(settings.proxies)
-        if not settings.proxies or should_bypass_proxies(url, settings.no_proxy):
-            options["proxies"] = {}
+        stream = options.pop("stream", False)
+        headers = dict(options.pop("headers", None) or {})
+        options |= {"timeout": (settings.connect_seconds, settings.read_seconds), "allow_redirects": False}
         if settings.ca_bundle is not None:
             options["verify"] = str(settings.ca_bundle)
-        return super().request(method, url, **options)
+        for _ in range(_MAX_REDIRECTS + 1):
+            direct = not settings.proxies or should_bypass_proxies(url, settings.no_proxy)
+            options["proxies"] = {} if direct else dict(settings.proxies)
+            response = super().request(method, url, headers=headers, stream=True, **options)
+            if not response.is_redirect:
+                return response if stream else self._load(response)
+            response.close()
+            following = urljoin(response.url, response.headers["location"])
+            self._check_redirect(response.url, following)
+            if self.should_strip_auth(response.url, following):  # type: ignore[no-untyped-call, unused-ignore]
+                headers.pop("Authorization", None)
+            url, options["params"] = following, None
+        raise requests.TooManyRedirects(f"more than {_MAX_REDIRECTS} redirects")
 
-    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
-        """Called for each redirect, before it is followed."""
-        before, after = urlsplit(response.url), urlsplit(prepared_request.url or "")
-        if before.scheme == "https" and after.scheme != "https" and not self._plain_allowed:
-            raise _InsecureRedirect(
-                f"a redirect from https to {after.scheme}://{after.hostname} is not followed"
-            )
-        super().rebuild_auth(prepared_request, response)
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None: even with redirects off, `requests` would look for the next one and read the body."""
+
+    def _check_redirect(self, before: str, after: str) -> None:
+        target = urlsplit(after)
+        allowed = (
+            ("http", "https") if self._plain_allowed or urlsplit(before).scheme == "http" else ("https",)
+        )
+        if target.scheme not in allowed:
+            raise _InsecureRedirect(f"a redirect to {target.scheme}://{target.hostname} is not followed")
+
+    def _load(self, response: requests.Response) -> requests.Response:
+        """Read the body of a short answer, such as a token."""
+        data = b""
+        deadline = time.monotonic() + self._settings.read_seconds
+        while piece := response.raw.read1(_CHUNK, decode_content=False):
+            data += piece
+            if len(data) > _MAX_SHORT_ANSWER or time.monotonic() > deadline:
+                response.close()
+                raise requests.ConnectionError("an answer that should be short is too long or too slow")
+        response._content = data
+        response.close()
+        return response
 
 
 class _Oras(oras.provider.Registry):  # type: ignore[misc]
@@ -182,7 +208,13 @@ class _Oras(oras.provider.Registry):  # type: ignore[misc]
                 "which is not https; no credentials were sent",
                 reason="INSECURE_TOKEN_SERVER",
             )
-        headers, changed = self.auth.authenticate_request(response, {}, refresh=True)
+        try:
+            headers, changed = self.auth.authenticate_request(response, {}, refresh=True)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise Unauthenticated(
+                f"the token server {realm.hostname} of the registry {self.hostname} gives no sound answer",
+                reason="BAD_TOKEN_SERVER",
+            ) from error
         return str(headers.get("Authorization", "")) if changed else ""
 
 

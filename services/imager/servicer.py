@@ -169,6 +169,7 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
                 kernel="slim" if slim else "debian",
                 progress=report,
                 env=self._build_env,
+                make_default=request.make_default,
             )
         )
         task.add_done_callback(lambda _: queue.put_nowait(None))

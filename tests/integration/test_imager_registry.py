@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -246,7 +247,14 @@ class Hostile:
             def log_message(self, *_: object) -> None:
                 """Keep quiet."""
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(http.server.ThreadingHTTPServer):
+            """Says nothing when a client hangs up."""
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                if not isinstance(sys.exc_info()[1], OSError):
+                    super().handle_error(request, client_address)
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.host = f"127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever)
@@ -660,6 +668,62 @@ def test_a_bearer_token_is_fetched_and_used(hostile: Hostile, tmp_path: Path) ->
             hostile.answers[path] = guarded
     hostile.answers["/token?service=s&scope=repository%3Aapp%3Apull"] = body(b'{"token": "t0ken"}')
     store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"5", b'{"token": 5}', b"{}", b"rubbish", b'{"token": "a\\nb"}'])
+def test_a_token_server_that_answers_rubbish_is_a_clear_error(
+    hostile: Hostile, tmp_path: Path, answer: bytes
+) -> None:
+    realm = f'Bearer realm="http://{hostile.host}/token",service="s"'
+    hostile.answers["/v2/app/manifests/t"] = status(401, WWW_Authenticate=realm)
+    hostile.answers["/token?service=s"] = body(answer)
+    with pytest.raises((Unauthenticated, Unavailable)):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+@pytest.mark.parametrize(
+    "challenge", ["Bearer", 'Bearer realm=""', 'Bearer realm="file:///etc/passwd"', "Basic", "x"]
+)
+def test_a_challenge_that_cannot_be_met_is_a_clear_error(
+    hostile: Hostile, tmp_path: Path, challenge: str
+) -> None:
+    hostile.answers["/v2/app/manifests/t"] = status(401, WWW_Authenticate=challenge)
+    with pytest.raises((Unauthenticated, Denied)):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+def endless(code: int, hostile: Hostile, **headers: str) -> Answer:
+    """A body that does not end by itself."""
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        for key, value in {**headers, "Content-Length": str(1 << 40)}.items():
+            handler.send_header(key.replace("_", "-"), value)
+        handler.end_headers()
+        while not hostile.stop.is_set():
+            handler.wfile.write(bytes(1 << 16))
+
+    return answer
+
+
+def test_endless_answers_are_not_read_into_memory(hostile: Hostile, tmp_path: Path) -> None:
+    """A redirect, a token, a manifest and a layer that never end."""
+    path = hostile.serve_image()[0]
+    sound = hostile.answers[path]
+    hostile.answers["/elsewhere"] = sound
+    hostile.answers[path] = endless(307, hostile, Location="/elsewhere")
+    store(tmp_path / "redirect").pull(f"{hostile.host}/app:t")
+    hostile.answers[path] = endless(200, hostile)
+    with pytest.raises(Corrupt, match="more than"):
+        store(tmp_path / "layer").pull(f"{hostile.host}/app:t")
+    hostile.answers["/v2/app/manifests/t"] = endless(200, hostile)
+    with pytest.raises(InvalidInput, match="more than"):
+        store(tmp_path / "manifest").pull(f"{hostile.host}/app:t")
+    realm = f'Bearer realm="http://{hostile.host}/token",service="s"'
+    hostile.answers["/v2/app/manifests/t"] = status(401, WWW_Authenticate=realm)
+    hostile.answers["/token?service=s"] = endless(200, hostile)
+    with pytest.raises(Unavailable, match="should be short"):
+        store(tmp_path / "token").pull(f"{hostile.host}/app:t")
 
 
 def test_plain_http_is_for_this_machine_or_when_it_is_allowed(tmp_path: Path) -> None:
