@@ -142,7 +142,7 @@ async def test_two_builds_without_network_give_the_same_digest(
     shared_cache: Path, fresh_cache: Callable[..., Path], source: Path
 ) -> None:
     first = await build_guest_image(fresh_cache("one", kernel=False), env=_OFFLINE, source=source)
-    second = await build_guest_image(fresh_cache("two", kernel=False), env=_OFFLINE, source=source)
+    second = await build_guest_image(fresh_cache("two"), env=_OFFLINE, source=source)
     assert first.digest == second.digest
     assert first.initramfs.read_bytes() == second.initramfs.read_bytes()
     verify_guest_image(second)
@@ -186,12 +186,12 @@ def _list_archive(program: Path, archive: Path) -> list[str]:
 
 
 async def test_a_build_killed_at_any_point_leaves_nothing_that_is_trusted(
-    fresh_cache: Callable[..., Path],
+    fresh_cache: Callable[..., Path], source: Path
 ) -> None:
     cache = fresh_cache("killed", kernel=False)
     for marker in ("unpack", "compile", "write"):
         child = await asyncio.create_subprocess_exec(
-            *command(cache),
+            *command(cache, "--source", str(source)),
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
             cwd=project_root(),
@@ -205,17 +205,16 @@ async def test_a_build_killed_at_any_point_leaves_nothing_that_is_trusted(
         assert child.returncode == -signal.SIGKILL
         with pytest.raises(NotFound):
             load_guest_image(cache)
-    image = await build_guest_image(cache, env=_OFFLINE)
+    image = await build_guest_image(cache, env=_OFFLINE, source=source)
     verify_guest_image(image)
     leavings = [path for path in cache.rglob("*") if path.name.startswith(("build-", "unpack-", "download-"))]
     assert not leavings
 
 
-async def test_two_builders_at_once_agree(fresh_cache: Callable[..., Path]) -> None:
+async def test_two_builders_at_once_agree(fresh_cache: Callable[..., Path], source: Path) -> None:
     cache = fresh_cache("raced")
-    printed = await asyncio.gather(
-        *(run(command(cache), cwd=project_root(), seconds=_BUILD_SECONDS) for _ in range(2))
-    )
+    argv = command(cache, "--source", str(source))
+    printed = await asyncio.gather(*(run(argv, cwd=project_root(), seconds=_BUILD_SECONDS) for _ in range(2)))
     assert printed[0] == printed[1]
     assert printed[0].decode().splitlines()[0] == load_guest_image(cache).digest
 
