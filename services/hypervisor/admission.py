@@ -13,8 +13,9 @@ from services.hypervisor.model import BoxRecord, Resources
 
 MIN_MEMORY_MIB = 16
 MAX_VCPUS = 64
-# QEMU's own memory beside the guest's (translation cache, devices) and the device process.
-OVERHEAD_MIB = 96
+# Beside the guest's memory: QEMU's own (150 MiB after boot and some programs, of which 110 are translated
+# code) and the device process (12 MiB).
+OVERHEAD_MIB = 160
 # State, logs and sockets of a box; its writable disks grow as the guest writes.
 MIN_FREE_DISK_MIB = 64
 _MIB = 1 << 20

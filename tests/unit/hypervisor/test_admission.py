@@ -39,8 +39,8 @@ def test_memory_that_a_guest_has_not_touched_yet_is_kept_for_it() -> None:
 
 
 def test_promises_bound_the_room_even_when_nothing_is_touched() -> None:
-    full = [(box(1000), 1000 + OVERHEAD_MIB)] * 7
-    assert room(HOST, full, 1.0).memory_mib == 8000 - 7 * (1000 + OVERHEAD_MIB)
+    full = [(box(1000), 1000 + OVERHEAD_MIB)] * 6
+    assert room(HOST, full, 1.0).memory_mib == 8000 - 6 * (1000 + OVERHEAD_MIB)
     assert room(HOST, full * 2, 1.0).memory_mib == 0
     assert room(HOST, full, 2.0).memory_mib == 7000
 
