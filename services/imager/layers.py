@@ -70,6 +70,7 @@ class LayerMerger:
         self.tree = Tree()
         self.entries = 0
         self.unpacked_bytes = 0
+        self._metadata_bytes = 0
         self._sink = sink
         self._limits = limits
         self._cancel = cancel or Cancel()
@@ -94,7 +95,7 @@ class LayerMerger:
             try:
                 for entry in tarstream.read_tar(stream):
                     name = entry.name
-                    self._count()
+                    self._count(entry)
                     if not self._apply_entry(entry, stream):
                         waiting.append((entry.name, entry.link))
                     name = b""
@@ -104,11 +105,20 @@ class LayerMerger:
                 raise _placed(error, layer.digest, name) from error
             self.unpacked_bytes += reader.unpacked_bytes
 
-    def _count(self) -> None:
+    def _count(self, entry: TarEntry) -> None:
         self.entries += 1
         if self.entries > self._limits.entries:
             raise Exhausted(
                 f"the image has more than {self._limits.entries} entries; raise the limit if you trust it",
+                reason="IMAGE_TOO_LARGE",
+            )
+        self._metadata_bytes += len(entry.name) + len(entry.link)
+        if entry.xattrs:
+            self._metadata_bytes += sum(len(name) + len(value) for name, value in entry.xattrs.items())
+        if self._metadata_bytes > self._limits.metadata_bytes:
+            raise Exhausted(
+                f"the image's names and extended attributes have more than {self._limits.metadata_bytes} "
+                "bytes; raise the limit if you trust it",
                 reason="IMAGE_TOO_LARGE",
             )
         if self.entries % 256 == 0:

@@ -20,6 +20,7 @@ class Limits:
         unpacked_bytes: Decompressed size of all layers of one image together.
         compressed_bytes: Size of one layer blob.
         entries: Tar members of all layers together (about 500 bytes of memory each).
+        metadata_bytes: Names, link targets and extended attributes of all entries together.
         layers: Layers of one image; overlay-based engines stop near 127.
         manifest_bytes: A manifest or index (registries accept at most 4 MiB).
         config_bytes: An image configuration.
@@ -28,6 +29,7 @@ class Limits:
     unpacked_bytes: int = 64 * GIB
     compressed_bytes: int = 32 * GIB
     entries: int = 4_000_000
+    metadata_bytes: int = 512 * MIB
     layers: int = 512
     manifest_bytes: int = 4 * MIB
     config_bytes: int = 8 * MIB

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from services.common.errors import InvalidInput
 
 MAX_SYMLINKS: Final = 40  # the kernel's MAXSYMLINKS
+MAX_FOLLOWED: Final = 20_000_000  # components of link targets walked for one image: some seconds
 MAX_COMPONENT: Final = 255  # EXT4_NAME_LEN
 _WHITEOUT: Final = b".wh."
 _META: Final = b".wh..wh."
@@ -44,6 +45,9 @@ class Extent(NamedTuple):
     logical: int
     physical: int
     length: int
+
+
+_NO_CHILDREN: Final[dict[bytes, Any]] = {}  # one for all files: an empty dict each costs 64 bytes
 
 
 class Node:
@@ -75,7 +79,7 @@ class Node:
         self.target = b""
         self.extents: tuple[Extent, ...] = ()
         self.xattrs: dict[bytes, bytes] | None = None
-        self.children: dict[bytes, Node] = {}
+        self.children: dict[bytes, Node] = {} if kind is Kind.DIRECTORY else _NO_CHILDREN
         self.links = 0
         self.number = 0
 
@@ -97,6 +101,7 @@ class Tree:
         self.root = implied_directory()
         self._added: set[tuple[int, bytes]] = set()  # (id of directory, name) that this layer brought
         self._cleared: set[int] = set()  # ids of directories that hold nothing of lower layers any more
+        self._followed = 0
         self._kept: list[Node] = []  # keeps replaced directories alive, so that no id is used twice
 
     def begin_layer(self) -> None:
@@ -211,7 +216,13 @@ class Tree:
                     )
                 if child.target.startswith(b"/"):
                     del trail[1:]
-                waiting.extend(child.target.split(b"/")[::-1])
+                target = child.target.split(b"/")
+                self._followed += len(target)
+                if self._followed > MAX_FOLLOWED:
+                    raise InvalidInput(
+                        "the image's paths lead through too many symbolic links", reason="SYMLINK_LOOP"
+                    )
+                waiting.extend(target[::-1])
             else:
                 if not create:
                     return None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.common.errors import Corrupt, InvalidInput
+from services.common.errors import Corrupt, Exhausted, InvalidInput
 from services.imager.layers import LayerMerger, LayerSource
 from services.imager.limits import Limits
 from services.imager.tree import Kind, Node, Tree
@@ -34,10 +34,10 @@ class Nowhere:
         return first
 
 
-def merge(*layers: Sequence[Item]) -> Tree:
+def merge(*layers: Sequence[Item], limits: Limits | None = None) -> Tree:
     """The tree of these layers."""
 
-    merger = LayerMerger(Nowhere(), Limits())
+    merger = LayerMerger(Nowhere(), limits or Limits())
     for items in layers:
         tar = make_tar(items)
         merger.apply(
@@ -239,3 +239,17 @@ def test_many_opaque_markers_cost_no_more_than_the_tree() -> None:
     deep = [d("/".join(["d"] * i)) for i in range(1, 300)]
     markers = [f("/".join(["d"] * i) + "/.wh..wh..opq") for i in range(299, 0, -1)]
     assert len(paths(merge(deep, markers * 3))) == 1
+
+
+def test_paths_through_endless_symbolic_links_end() -> None:
+    """Forty links of a thousand components each, walked for every entry."""
+    links = [symlink(b"l0", b"./" * 1000 + b".")]
+    links += [symlink(b"l%d" % i, b"./" * 1000 + b"l%d" % (i - 1)) for i in range(1, 39)]
+    with pytest.raises(InvalidInput, match="too many symbolic links"):
+        merge([*links, *(f(f"l38/{i}") for i in range(2000))])
+
+
+def test_names_and_attributes_that_would_fill_the_memory_are_refused() -> None:
+    items = [f(f"f{i}", xattrs={b"user.a": b"x" * 3000}) for i in range(10)]
+    with pytest.raises(Exhausted, match="extended attributes"):
+        merge(items, limits=Limits(metadata_bytes=20_000))
