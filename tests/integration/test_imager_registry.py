@@ -54,6 +54,8 @@ FAST = RegistrySettings(
     slow_seconds=1,
     slow_bytes_per_second=5000,
 )
+# What `htpasswd -Bbn user pass:word` prints.
+HTPASSWD = "user:$2y$05$olOh9eXlqhW694lUbWTptecyitRSLTjPk4q7O0RV3oSYrwPbI0zta\n"
 OCI = "application/vnd.oci.image.manifest.v1+json"
 
 
@@ -172,8 +174,7 @@ def test_the_pull_policy_decides_when_a_moved_tag_is_noticed(tmp_path: Path) -> 
 
 def test_a_private_registry_needs_the_login_from_the_auth_file(tmp_path: Path) -> None:
     htpasswd = tmp_path / "htpasswd"
-    line = run(need("htpasswd", "apache2-utils"), "-Bbn", "user", "pass:word").strip()
-    htpasswd.write_text(line + "\n")
+    htpasswd.write_text(HTPASSWD)
     layout = make_layout(tmp_path / "layout", TARS)
     more = {"auth": {"htpasswd": {"realm": "Registry", "path": str(htpasswd)}}}
     with docker_registry(tmp_path / "registry", more) as host:
