@@ -527,7 +527,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--refresh", action="store_true", help="look for newer Debian packages")
     parser.add_argument("--no-default", action="store_true", help="leave the default image as it is")
-    parser.add_argument("--if-needed", action="store_true", help="do nothing if there is a default image")
+    parser.add_argument(
+        "--if-needed",
+        action="store_true",
+        help="bring the default image up to date with its sources, with the kernel it has",
+    )
     options = parser.parse_args(argv)
     cache = options.cache or Paths.from_env(os.environ).cache
     kernel: Flavor | Path = options.kernel if options.kernel in ("debian", "slim") else Path(options.kernel)
@@ -539,10 +543,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         private_dir(cache)
-        image = None
         if options.if_needed:
-            image = _existing(cache)
-        image = image or asyncio.run(
+            kernel = _present_flavor(cache, kernel)
+        image = asyncio.run(
             build_guest_image(
                 cache,
                 kernel=kernel,
@@ -566,11 +569,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _existing(cache: Path) -> GuestImage | None:
+def _present_flavor(cache: Path, otherwise: Flavor | Path) -> Flavor | Path:
+    """The kernel of the default image, if it can still be built with; else `otherwise`."""
     try:
-        return load_guest_image(cache)
+        if load_guest_image(cache).flavor == "slim":
+            slim_kernel(cache)
+            return "slim"
     except VoidboxError:
-        return None
+        pass
+    return otherwise
 
 
 def _megabytes(path: Path) -> str:

@@ -19,7 +19,9 @@ from services.imager.progress import Progress
 from tests.unit.imager.elf_files import bzimage, vmlinux
 
 
-def image_at(cache: Path, *, kernel: bytes = b"kernel", initramfs: bytes = b"initramfs") -> Path:
+def image_at(
+    cache: Path, *, kernel: bytes = b"kernel", initramfs: bytes = b"initramfs", flavor: str = "debian"
+) -> Path:
     """A directory as a build leaves it, made by the digests of its two files."""
     made = cache / "guest" / "made"
     made.mkdir(parents=True)
@@ -29,7 +31,7 @@ def image_at(cache: Path, *, kernel: bytes = b"kernel", initramfs: bytes = b"ini
     digest = guest_image._image_digest(sums[0], sums[1])
     about = {
         "digest": digest,
-        "kernel": {"flavor": "debian", "release": "6.1", "size": len(kernel)},
+        "kernel": {"flavor": flavor, "release": "6.1", "size": len(kernel)},
         "initramfs": {"size": len(initramfs)},
     }
     (made / "manifest.json").write_text(json.dumps(about))
@@ -153,3 +155,13 @@ def test_a_bad_kernel_file_is_refused_and_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(NotFound, match="no such kernel file"):
         guest_kernel.file_kernel(tmp_path, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*"))
+
+
+def test_an_update_keeps_the_kernel_of_the_default_image_while_it_can(tmp_path: Path) -> None:
+    assert guest_image._present_flavor(tmp_path, "debian") == "debian"
+    image_at(tmp_path, flavor="slim")
+    assert guest_image._present_flavor(tmp_path, "debian") == "debian"
+    guest_kernel.save_kernel(
+        guest_kernel.slim_home(tmp_path, "6.1"), vmlinux(), guest_kernel.module_entries(), flavor="slim"
+    )
+    assert guest_image._present_flavor(tmp_path, "debian") == "slim"
