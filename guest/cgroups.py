@@ -17,7 +17,9 @@ from guest import log
 def prepare(base: str) -> bool:
     """Make the parent of all programs' cgroups; False if cgroup v2 is not there.
 
-    The `pids` limit leaves the agent and PID 1 room to fork whatever programs do.
+    The `pids` limit leaves the agent and PID 1 room to fork whatever programs do, and the
+    `cpu` controller makes all programs together count as much as the agent alone: eight
+    hundred processes of a fork bomb would otherwise keep it from killing them.
     """
     if not base:
         return False
@@ -29,7 +31,7 @@ def prepare(base: str) -> bool:
         log.warning(f"no cgroups, programs are tracked by session: {error}")
         return False
     for directory in (os.path.dirname(base), base):
-        for controller in ("memory", "pids"):
+        for controller in ("cpu", "memory", "pids"):
             # Each on its own: one that the kernel lacks must not cost the other.
             with contextlib.suppress(OSError):
                 _write(f"{directory}/cgroup.subtree_control", f"+{controller}")

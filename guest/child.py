@@ -20,7 +20,7 @@ from guest import cgroups, syscalls
 from guest.wire import Message
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_OPEN_FILES = 65536
+OPEN_FILES = 65536
 _HIGH = 64
 
 
@@ -54,6 +54,10 @@ def become(request: Message, fds: list[int], status: int, namespace: int, cgroup
 
 def _become(request: Message, fds: list[int], status: int, namespace: int, cgroup: str) -> NoReturn:
     os.setsid()
+    if request["privileged"]:
+        # First of all: PID 1 and what it forks is exempt from the OOM killer.
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("0")
     if cgroup:
         cgroups.join(cgroup)
     _reset_signals()
@@ -68,9 +72,6 @@ def _become(request: Message, fds: list[int], status: int, namespace: int, cgrou
     _lower_limits()
     os.umask(0o022)
     if request["privileged"]:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("0")
-        syscalls.drop_bounding_set()
         os.setgroups(request["groups"])
         os.setresgid(request["gid"], request["gid"], request["gid"])
         os.setresuid(request["uid"], request["uid"], request["uid"])
@@ -91,7 +92,7 @@ def _reset_signals() -> None:
 
 def _lower_limits() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    limit = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

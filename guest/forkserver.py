@@ -20,6 +20,10 @@ from guest import cgroups, child, log, namespace, wire
 from guest.settings import Settings
 from guest.wire import Message
 
+# Children between fork and execve at the same time: each is a Python process of a megabyte or
+# two, so two hundred at once would use up a small machine.
+_STARTING = 8
+
 
 class Program:
     """A program that was started and has not been reaped."""
@@ -54,6 +58,7 @@ class ForkServer:
         self._programs: dict[int, Program] = {}
         self._starting: dict[int, Starting] = {}
         self._lingering: set[str] = set()
+        self._queue: deque[tuple[Message, list[int]]] = deque()
         self._outbox: deque[tuple[Message, tuple[int, ...]]] = deque()
         self._namespace = -1
         self._cgroup_base = settings.cgroup if cgroups.prepare(settings.cgroup) else ""
@@ -104,6 +109,9 @@ class ForkServer:
         self._channel.close()
         self._channel = None
         self._outbox.clear()
+        while self._queue:
+            for fd in self._queue.popleft()[1]:
+                os.close(fd)
         if not done:
             self._end_agent()
         return done
@@ -155,6 +163,9 @@ class ForkServer:
     # Starting
 
     def _spawn(self, message: Message, fds: list[int]) -> None:
+        if len(self._starting) >= _STARTING:
+            self._queue.append((message, [os.dup(fd) for fd in fds]))
+            return
         cgroup = ""
         if self._cgroup_base:
             try:
@@ -189,6 +200,11 @@ class ForkServer:
         starting = self._starting.pop(status)
         self._poll.unregister(status)
         os.close(status)
+        while self._queue and len(self._starting) < _STARTING:
+            message, fds = self._queue.popleft()
+            self._spawn(message, fds)
+            for fd in fds:
+                os.close(fd)
         program = starting.program
         if data:
             failure = marshal.loads(data)  # noqa: S302 - written by our own code before execve

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 from typing import NoReturn
 
-from guest import boot, log, syscalls
+from guest import boot, child, log, syscalls
 from guest.forkserver import ForkServer
 from guest.settings import Settings
 
@@ -41,6 +42,9 @@ def run(settings: Settings) -> None:
     log.open_log(settings.log)
     if os.getpid() != 1:
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    if os.geteuid() == 0:
+        # Counts at execve only, and of all that is forked here only programs do that.
+        syscalls.drop_bounding_set()
     os.makedirs(settings.run_dir, mode=0o700, exist_ok=True)
     listener: socket.socket | None = None
     state: bytes = b""
@@ -118,6 +122,9 @@ def _boot(settings: Settings) -> None:
     os.umask(0o022)
     os.chmod("/", 0o755)  # noqa: S103 - a tmpfs that is the rootfs starts as 1777
     syscalls.mallopt(syscalls.M_ARENA_MAX, 2)
+    # The kernel's own limits for processes are half of what the `pids` controller grants all programs.
+    resource.setrlimit(resource.RLIMIT_NPROC, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (child.OPEN_FILES, child.OPEN_FILES))
     boot.mount_all(boot.FIRST_MOUNTS)
     log.open_log(settings.log)
     log.info(f"python {sys.version.split()[0]} is PID {os.getpid()}")

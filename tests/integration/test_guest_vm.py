@@ -266,6 +266,18 @@ async def test_a_killed_tree_leaves_no_process_not_even_a_daemon(box: Client) ->
     assert await output(box, "ls -d /sys/fs/cgroup/programs/exec-* | wc -l") == "1\n"  # its own
 
 
+async def test_a_fork_bomb_is_killed_in_time(box: Client) -> None:
+    started = time.monotonic()
+    result = await box.sh("bomb() { bomb | bomb & }; bomb; sleep 100", timeout=3.0)
+    assert result.exit is not None
+    assert result.exit.kill_reason == pb.KILL_REASON_TIMEOUT
+    assert result.exit.duration.seconds < 20
+    assert time.monotonic() - started < 60
+    limits = (await output(box, "ulimit -n; ulimit -u; cat /sys/fs/cgroup/programs/pids.max")).split()
+    assert limits[:2] == ["65536", "unlimited"]
+    assert 64 <= int(limits[2]) < 32768
+
+
 async def test_running_out_of_memory_kills_the_program_and_not_the_agent(box: Client) -> None:
     script = "x = []\nwhile True: x.append(bytearray(b'x') * (8 << 20))"
     result = await box.run("python3.11", "-IS", "-c", script, timeout=120.0)
