@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import Corrupt, Denied, InvalidInput, VoidboxError, WrongState
@@ -142,6 +142,7 @@ async def test_a_header_that_claims_to_be_huge_is_not_read(tmp_path: Path) -> No
         await unpack(pieces(info.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)), tmp_path)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.binary(max_size=2048))
 async def test_no_bytes_do_more_than_fail(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     target = tmp_path_factory.mktemp("fuzz")
@@ -149,6 +150,7 @@ async def test_no_bytes_do_more_than_fail(tmp_path_factory: pytest.TempPathFacto
         await unpack(pieces(data), target)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.integers(0, 1535), st.binary(min_size=1, max_size=8))
 async def test_damaged_headers_do_no_more_than_fail(
     tmp_path_factory: pytest.TempPathFactory, at: int, junk: bytes

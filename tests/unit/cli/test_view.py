@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voidbox.cli.progress import describe, elapsed
@@ -10,6 +10,7 @@ from voidbox.cli.view import MAX_LINE, Lines, RunView
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.binary(), st.lists(st.integers(0, 200)))
 def test_lines_do_not_depend_on_how_the_bytes_were_split(data: bytes, cuts: list[int]) -> None:
     whole = Lines()
