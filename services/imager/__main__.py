@@ -21,10 +21,10 @@ from services.common.server import serve, until_signalled
 from services.imager.cache import ImageCache
 from services.imager.config import Config
 from services.imager.guest_choice import Wish
-from services.imager.guest_image import network_env
 from services.imager.jobs import Jobs
 from services.imager.pull import ImageStore
 from services.imager.servicer import ImagerServicer
+from services.imager.terminal import network_env
 from voidbox.imager.v1 import imager_pb2, imager_pb2_grpc
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -38,6 +38,7 @@ from services.imager.guest_kernel import (
     file_kernel,
     slim_kernel,
 )
+from services.imager.guest_project import project_files, project_root
 from services.imager.guest_python import (
     LOADER,
     PRIVATE,
@@ -52,6 +53,7 @@ from services.imager.guest_python import (
 from services.imager.lock import locked
 from services.imager.progress import Progress, Report, silent
 from services.imager.rootfs import base_entries, busybox_entries
+from services.imager.terminal import network_env, printer
 from services.imager.wheels import Wheel, fetch_wheels
 
 PYTHON = "usr/bin/python3.11"
@@ -74,13 +76,6 @@ PACKAGES = (
 _KEPT = 4
 _SCRATCH = "build-"
 _HEX = re.compile(r"[0-9a-f]{64}")
-_NOT_IN_GUEST = ("requirements.in", "requirements.lock")
-# What of `guest/` lies outside the agent's own, private directory.
-_ELSEWHERE = {
-    "init": "init",
-    "mock-agent": "usr/local/bin/voidbox-mock-agent",
-    "mock_agent.py": "usr/local/lib/voidbox/mock_agent.py",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +110,6 @@ class GuestImage:
         return self.directory / "manifest.json"
 
 
-def project_root() -> Path:
-    """The directory that holds `guest/` and `voidbox/`, in a checkout as in an installation."""
-    return Path(__file__).resolve().parents[2]
-
-
 async def build_guest_image(
     cache: Path,
     *,
@@ -136,7 +126,7 @@ async def build_guest_image(
         cache: The cache directory.
         kernel: Debian's kernel, the slim one, or a kernel file with all drivers built in.
         progress: Told of each step.
-        env: Extra environment of apt and pip, see `network_env`.
+        env: Extra environment of apt and pip, see `terminal.network_env`.
         source: Directory with `guest/` and `voidbox/`; this project's own if not given.
         refresh: Ask Debian's mirrors for newer packages.
         make_default: Let `default` name it.
@@ -220,7 +210,7 @@ class _Builder:
         await asyncio.to_thread(self._sweep)
         packages = await self._debian.resolve(PACKAGES, refresh=refresh)
         prepared = await self._kernel(kernel, refresh)
-        project = await asyncio.to_thread(lambda: dict(_project_files(self._source)))
+        project = await asyncio.to_thread(lambda: dict(project_files(self._source)))
         lock = self._source / "guest" / "requirements.lock"
         wheels = await fetch_wheels(lock, self._cache, env=self._env, report=self._report)
         base_key = _fingerprint(_builder_sources(), [p.sha256 for p in packages], [w.sha256 for w in wheels])
@@ -333,6 +323,9 @@ class _Builder:
         scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self._home))
         try:
             scratch.chmod(0o755)
+            # Not compressed: by instructions until the agent's libraries are imported (QEMU -icount,
+            # Debian's kernel), plain 2.31 G, lz4 2.47 G, zstd 3.04 G, gzip 3.19 G. What lz4 would save
+            # (29 MB) is needed only while the archive is unpacked, and free again afterwards.
             with (scratch / "initramfs.cpio").open("wb") as out:
                 size = cpio.write_archive([*entries, *cpio.read_archive(kernel.modules.read_bytes())], out)
             _link_or_copy(kernel.vmlinux, scratch / "vmlinux")
@@ -397,51 +390,13 @@ def _interpreter(tree: Mapping[str, Path]) -> Interpreter:
     )
 
 
-def _project_files(source: Path) -> Iterator[tuple[str, tuple[int, bytes]]]:
-    """This project's part as (path in the guest, (mode, content)).
-
-    `guest/rootfs/` is laid over the root; the rest of `guest/` and the stubs it speaks
-    are packages for the agent.
-    """
-    guest = source / "guest"
-    if not (guest / "__init__.py").is_file():
-        raise NotFound(f"{guest} is not the guest's package", reason="NO_GUEST_SOURCE", path=guest)
-    overlay = guest / "rootfs"
-    for path in _plain_files(guest):
-        name = path.relative_to(guest).as_posix()
-        if path.is_relative_to(overlay):
-            yield path.relative_to(overlay).as_posix(), _mode_and_content(path)
-        elif name in _ELSEWHERE:
-            yield _ELSEWHERE[name], _mode_and_content(path)
-        elif name not in _NOT_IN_GUEST:
-            yield f"{SITE}/guest/{name}", _mode_and_content(path)
-    yield f"{SITE}/voidbox/__init__.py", (0o644, b'"""The stubs of voidbox that the guest speaks."""\n')
-    for service in ("common", "guest"):
-        stubs = source / "voidbox" / service
-        for path in _plain_files(stubs):
-            if path.suffix == ".py":
-                name = path.relative_to(stubs).as_posix()
-                yield f"{SITE}/voidbox/{service}/{name}", _mode_and_content(path)
-
-
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _plain_files(root: Path) -> Iterator[Path]:
-    for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
-        if path.is_file() and not path.is_symlink() and not hidden:
-            yield path
-
-
-def _mode_and_content(path: Path) -> tuple[int, bytes]:
-    return 0o755 if path.stat().st_mode & 0o100 else 0o644, path.read_bytes()
-
-
 def _builder_sources() -> list[str]:
     """Digests of the code that decides what the image holds, so that a change builds anew."""
-    names = ("bytecode", "cpio", "guest_image", "guest_python", "rootfs", "wheels")
+    names = ("bytecode", "cpio", "guest_image", "guest_project", "guest_python", "rootfs", "wheels")
     return [_file_sha256(Path(__file__).with_name(f"{name}.py")) for name in names]
 
 
@@ -485,32 +440,6 @@ def _file_sha256(path: Path) -> str:
 def _image_digest(kernel_sha256: str, initramfs_sha256: str) -> str:
     text = f"voidbox guest image\nkernel sha256:{kernel_sha256}\ninitramfs sha256:{initramfs_sha256}\n"
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def network_env(env: Mapping[str, str]) -> dict[str, str]:
-    """What of `env` tells apt and pip how to reach the network."""
-    wanted = re.compile(
-        r"(https?|ftp|no|all)_proxy|PIP_\w+|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE", re.IGNORECASE
-    )
-    return {key: value for key, value in env.items() if wanted.fullmatch(key)}
-
-
-def printer(tty: bool, write: Callable[[str], object]) -> Report:
-    """A `Report` for people: one line that changes on a terminal, else a line a step."""
-    last: list[str] = []
-
-    def report(progress: Progress) -> None:
-        step = f"{progress.action} {progress.subject}"
-        share = ""
-        if progress.total and progress.unit == "bytes":
-            share = f" {progress.done / 1e6:.1f}/{progress.total / 1e6:.1f} MB"
-        if tty:
-            write(f"\r\x1b[K{step}{share}")
-        elif last != [step]:
-            write(f"{step}{f' ({progress.total / 1e6:.0f} MB)' if share else ''}\n")
-        last[:] = [step]
-
-    return report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

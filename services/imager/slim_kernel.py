@@ -20,7 +20,6 @@ from services.common.errors import Exhausted, Internal, VoidboxError, WrongState
 from services.common.paths import Paths, private_dir
 from services.common.process import CommandFailed, run
 from services.imager.debian import Debian
-from services.imager.guest_image import network_env, printer
 from services.imager.guest_kernel import (
     GuestKernel,
     load_kernel,
@@ -32,6 +31,7 @@ from services.imager.guest_kernel import (
 from services.imager.kernel import extract_vmlinux
 from services.imager.lock import locked
 from services.imager.progress import Progress, Report, silent
+from services.imager.terminal import network_env, printer
 
 SOURCE_PACKAGE = "linux-source-6.1"
 # Program or header that the build needs -> the package that has it.
@@ -76,7 +76,7 @@ async def build_slim_kernel(
     Args:
         cache: The cache directory; the build happens there too.
         jobs: Compilers at once. They run at low priority.
-        env: Extra environment of apt, see `guest_image.network_env`.
+        env: Extra environment of apt, see `terminal.network_env`.
 
     Raises:
         WrongState: a program for the build is missing; the message has the command that installs it.

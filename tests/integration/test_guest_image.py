@@ -29,11 +29,11 @@ from services.imager.guest_image import (
     GuestImage,
     build_guest_image,
     load_guest_image,
-    network_env,
-    project_root,
     verify_guest_image,
 )
 from services.imager.guest_kernel import LAZY_MODULES
+from services.imager.guest_project import project_root
+from services.imager.terminal import network_env
 
 _BUILD_SECONDS = 240
 _BOOT_SECONDS = 120

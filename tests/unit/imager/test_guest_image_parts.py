@@ -13,9 +13,10 @@ import pytest
 from services.common.errors import Corrupt, InvalidInput, NotFound
 from services.imager import guest_image, guest_kernel, rootfs, slim_kernel
 from services.imager.cpio import Entry
-from services.imager.guest_image import load_guest_image, network_env, printer, verify_guest_image
+from services.imager.guest_image import load_guest_image, verify_guest_image
 from services.imager.guest_python import shared_libraries
 from services.imager.progress import Progress
+from services.imager.terminal import network_env, printer
 from tests.unit.imager.elf_files import bzimage, vmlinux
 
 
