@@ -142,6 +142,17 @@ def test_a_stack_of_another_version_is_not_used(own: Voidbox) -> None:
     assert "voidbox down" in error["message"]
 
 
+def test_a_kernel_that_the_running_stack_does_not_know_is_not_silently_ignored(own: Voidbox) -> None:
+    own("up")
+    own.env["VOID_BOX_KERNEL"] = "/some/kernel"
+    error = own.error("ps", code=4)
+    assert error["reason"] == "OTHER_ENVIRONMENT"
+    assert "/some/kernel" in error["message"]
+    own("down")
+    own("up")
+    assert own("ps").code == 0
+
+
 def test_a_socket_path_that_is_too_long_is_an_error_with_the_cure(own: Voidbox, tmp_path: Path) -> None:
     own.env["VOIDBOX_RUNTIME_DIR"] = str(tmp_path / ("d" * 100))
     assert "VOIDBOX_RUNTIME_DIR" in own.error("up", code=3)["message"]

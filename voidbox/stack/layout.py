@@ -23,6 +23,7 @@ _PASSED = frozenset({
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
     "http_proxy", "https_proxy", "no_proxy", "all_proxy", "GRPC_VERBOSITY", "GRPC_TRACE",
 })  # fmt: skip
+_CHOICES = ("VOID_BOX_KERNEL", "VOID_BOX_INITRAMFS", "VOIDBOX_CONFIG")
 # Belong to clients: where they find a stack, and how it lets them in.
 _HELD_BACK = frozenset(("VOIDBOX_ADDRESS", "VOIDBOX_TOKEN_FILE"))
 
@@ -104,6 +105,11 @@ class Layout:
             for peer in ("imager", "hypervisor"):
                 words += [f"--{peer}", str(self.address(peer))]
         return words
+
+    @staticmethod
+    def choices(env: Mapping[str, str]) -> dict[str, str]:
+        """What decides about boxes and can only be said to the services when they start."""
+        return {name: env[name] for name in _CHOICES if env.get(name)}
 
     def service_env(self, env: Mapping[str, str]) -> dict[str, str]:
         """The environment of the services, from that of the client that starts the stack."""

@@ -87,7 +87,7 @@ def up(layout: Layout, env: Mapping[str, str], say: Say = _silent) -> tuple[Layo
             # Another client's attempt says nothing about ours: its environment was another.
             if not started:
                 continue
-        _check(layout, status)
+        _check(layout, status, env)
         return layout, status
     raise Unavailable(
         "the voidbox stack does not stay up; the end of its log:\n" + _indented(layout.log("supervisor")),
@@ -246,13 +246,21 @@ def _recorded(layout: Layout) -> Layout:
     return layout.at(Path(runtime)) if isinstance(runtime, str) and runtime.startswith("/") else layout
 
 
-def _check(layout: Layout, found: Mapping[str, Any]) -> None:
+def _check(layout: Layout, found: Mapping[str, Any], env: Mapping[str, str]) -> None:
     if found.get("version") != voidbox.__version__:
         raise WrongState(
             f"a voidbox stack of version {found.get('version')} is running, this is {voidbox.__version__}; "
             "stop it first: voidbox down",
             reason="OTHER_VERSION",
         )
+    theirs = found.get("choices") or {}
+    for name, value in layout.choices(env).items():
+        if theirs.get(name) != value:
+            raise WrongState(
+                f"{name} is {value}, but the running stack was started with "
+                f"{theirs.get(name) or 'none'}; restart it: voidbox down",
+                reason="OTHER_ENVIRONMENT",
+            )
     failed = [entry for entry in found.get("services", ()) if entry.get("state") == "failed"]
     if failed:
         parts = [

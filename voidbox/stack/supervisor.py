@@ -146,6 +146,7 @@ class Supervisor:
             "state_dir": str(self._layout.state),
             "cache_dir": str(self._layout.cache),
             "services": services,
+            "choices": self._layout.choices(self._env),
         }
 
     def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
