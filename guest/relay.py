@@ -58,6 +58,8 @@ class Relay:
             try:
                 await loop.sock_connect(inner, self._target)
                 await _join(peer, inner)
+            except ConnectionError:
+                pass  # one side has gone without a good-bye, which is how clients go
             except OSError as error:
                 log.warning(f"connection ended: {error}")
 

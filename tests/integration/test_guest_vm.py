@@ -263,6 +263,8 @@ async def test_a_killed_tree_leaves_no_process_not_even_a_daemon(box: Client) ->
     assert result.exit is not None
     assert result.exit.kill_reason == pb.KILL_REASON_TIMEOUT
     assert "424" not in await output(box, "ps | grep -v grep | grep 'sleep 42'", user="root")
+    orphans = "(sleep 0.1 &); (sleep 0.2 &); sleep 0.6; grep -l ') Z ' /proc/[0-9]*/stat | wc -l"
+    assert await output(box, orphans) == "0\n"
     assert await output(box, "ls -d /sys/fs/cgroup/programs/exec-* | wc -l") == "1\n"  # its own
 
 
