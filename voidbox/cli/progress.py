@@ -140,7 +140,10 @@ class LiveDisplay:
 
     def note(self, text: str) -> None:
         """Print it above the block."""
-        self._console.print(safe(text), style="yellow", soft_wrap=True)
+        from rich.text import Text
+
+        # Not print(style=…), which would colour the moving lines too.
+        self._console.print(Text(safe(text), style="yellow"), soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._live.start(refresh=True)
@@ -180,7 +183,7 @@ class _Block:
             if stage.reason and stage.state in ENDED:
                 text.append(f"  {safe(stage.reason)}", style=color)
             elif stage.last_line:
-                text.append(f"  {safe(stage.last_line)}", style="dim")
+                text.append(f"  {safe(stage.last_line.strip())}", style="dim")
             yield text
 
 
