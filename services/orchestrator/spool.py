@@ -60,7 +60,8 @@ class Spool:
             await context.database(Store.reset_offsets, context.run_id, position)
         out, err = await context.database(Store.offsets, context.run_id, position)
         for stream, length in ((r.STDOUT, out), (r.STDERR, err)):
-            await asyncio.to_thread(self._open, stream, length)
+            # Not in a thread: one that is cancelled would leave a file open that nobody closes.
+            self._open(stream, length)
         if self._agent is not None and out:
             await asyncio.to_thread(self._replay, self._agent)
         return out, err
