@@ -343,9 +343,10 @@ def test_a_deep_tree_is_no_problem(tmp_path: Path) -> None:
 
 def test_too_many_hard_links_are_refused(tmp_path: Path) -> None:
     links = [hardlink(b"l%d" % i, b"f") for i in range(65_000)]
+    tar = make_tar([Item(name=b"f"), *links], form=tarfile.USTAR_FORMAT)
     with pytest.raises(InvalidInput, match="more than 65000 hard links"):
-        build_ext4(tmp_path / "i", [make_tar([Item(name=b"f"), *links], form=tarfile.USTAR_FORMAT)])
-    build_ext4(tmp_path / "i", [make_tar([Item(name=b"f"), *links[:-1]], form=tarfile.USTAR_FORMAT)])
+        build_ext4(tmp_path / "i", [tar])
+    build_ext4(tmp_path / "i", [tar[: 512 * 65_000]])  # one header, and so one link, less
     check_ext4(tmp_path / "i")
 
 

@@ -228,7 +228,7 @@ def test_a_symbolic_link_at_the_end_is_never_followed() -> None:
 
 
 def test_a_long_chain_of_forward_hard_links_does_not_take_forever() -> None:
-    links = [hardlink(b"l%d" % i, b"l%d" % (i + 1)) for i in range(20_000)]
+    links = [hardlink(b"l%d" % i, b"l%d" % (i + 1)) for i in range(5000)]
     with pytest.raises(InvalidInput, match="does not exist"):
         merge([*links, Item(name=b"end")])
     with pytest.raises(InvalidInput, match="does not exist"):
