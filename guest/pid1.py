@@ -140,6 +140,8 @@ def _boot(settings: Settings) -> None:
         try:
             with open(path, "w") as file:
                 file.write(text)
+        except FileNotFoundError:
+            pass  # a kernel without the feature
         except OSError as error:
             log.warning(f"{path}: {error.strerror}")
     os.makedirs(settings.run_dir, mode=0o700, exist_ok=True)
