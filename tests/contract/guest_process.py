@@ -37,6 +37,8 @@ import os, sys
 sys.path.insert(0, {root!r})
 from guest.pid1 import run
 from guest.settings import Settings
+from guest.syscalls import prctl
+prctl(1, 9)  # PR_SET_PDEATHSIG: a test runner that is killed leaves nothing running
 run(Settings(
     run_dir={run!r}, listen="unix:" + {listen!r}, files_root={files!r}, cgroup={cgroup!r}, log={log!r},
     guest=False,
