@@ -3,7 +3,8 @@
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev run test check lint types imports proto-check protos proto-baseline lock guest kernel bench test-compose up down clean
 
-PYTHON ?= python3
+# The system's own, which every user of the machine can run; a private one may be closed to others.
+PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || echo python3)
 VENV := .venv
 TOOLS := .tools
 BIN := $(VENV)/bin

@@ -43,7 +43,9 @@ class FileCalls:
         """Stream a file."""
         if request.offset < 0 or request.length < 0:
             raise invalid("offset and length cannot be negative", path=request.path)
-        fd = await _blocking(request.path, lambda: files.open_regular(self.guest.root, request.path))
+        fd = await _blocking(
+            request.path, lambda: files.open_regular(self.guest.root, request.path), undo=os.close
+        )
         try:
             at, left = request.offset, request.length or None
             while left is None or left > 0:
@@ -79,7 +81,7 @@ class FileCalls:
                 offset=header.offset if header.HasField("offset") else None,
             )
 
-        with await _blocking(path, begin) as writer:
+        with await _blocking(path, begin, undo=Writer.close) as writer:
             batch = bytearray()
             async for data in _chunks(requests):
                 batch += data
@@ -211,10 +213,22 @@ class FileCalls:
         return Owner(self.guest.uid, self.guest.gid)
 
 
-async def _blocking(path: str, work: Callable[[], _Result]) -> _Result:
-    """Run file work in a thread; its failure names the path."""
+async def _blocking(
+    path: str, work: Callable[[], _Result], undo: Callable[[_Result], object] | None = None
+) -> _Result:
+    """Run file work in a thread; its failure names the path.
+
+    A thread cannot be cancelled, and it uses descriptors that the caller is about to close: a
+    cancelled call waits for it first, and hands what it would have returned to `undo`.
+    """
+    thread = asyncio.ensure_future(asyncio.to_thread(work))
     try:
-        return await asyncio.to_thread(work)
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait([thread])
+        if thread.exception() is None and undo is not None:
+            undo(thread.result())
+        raise
     except OSError as error:
         raise from_os_error(error, path) from error
 

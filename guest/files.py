@@ -97,12 +97,17 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; what was not committed is gone. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
         if self._temporary:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary, dir_fd=self._parent)
+            self._temporary = ""
         if self._parent >= 0:
             os.close(self._parent)
             self._parent = -1

@@ -34,6 +34,7 @@ from services.imager.guest_image import (
 from services.imager.guest_kernel import LAZY_MODULES
 from services.imager.guest_project import project_root
 from services.imager.terminal import network_env
+from tests.other_user import needs_another_user
 
 _BUILD_SECONDS = 240
 _BOOT_SECONDS = 120
@@ -219,9 +220,8 @@ async def test_two_builders_at_once_agree(fresh_cache: Callable[..., Path], sour
     assert printed[0].decode().splitlines()[0] == load_guest_image(cache).digest
 
 
+@needs_another_user
 async def test_another_user_without_rights_builds_the_same_image(shared_cache: Path, source: Path) -> None:
-    if os.getuid() != 0:
-        pytest.skip("the other tests of this file already run without root")
     # Not under the test's own directory, which only its owner may enter.
     home = Path("/var/tmp") / f"voidbox-test-{os.getpid()}"
     try:

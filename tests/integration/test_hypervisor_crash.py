@@ -23,6 +23,7 @@ from services.hypervisor.inputs import Identity
 from services.hypervisor.pidfd import children, start_time
 from services.hypervisor.probe import Prober
 from services.hypervisor.registry import reap
+from tests.other_user import needs_another_user
 from tests.vm import BOX_KEY, HypervisorProcess, box_config, guest_image, host_directory, refused
 from voidbox.guest.v1 import guest_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
@@ -147,7 +148,7 @@ async def test_without_qemu_the_error_names_the_command_to_type(tmp_path: Path) 
             assert isinstance(await refused(client.get("nowhere")), NotFound)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="the tests already run as an unprivileged user")
+@needs_another_user
 async def test_an_unprivileged_user_runs_boxes_with_mounts() -> None:
     with host_directory(65534) as home:
         await run_unprivileged(65534, home)

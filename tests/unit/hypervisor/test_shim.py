@@ -19,6 +19,7 @@ import pytest
 
 from services.hypervisor import console_ring
 from services.hypervisor.shim_config import ExitRecord, ShimConfig
+from tests.other_user import needs_another_user
 from tests.unit.hypervisor.vsock_rig import repository
 
 ROOT = os.getuid() == 0
@@ -196,7 +197,10 @@ def test_the_machine_inherits_what_it_is_given_and_nothing_else() -> None:
         assert "NoNewPrivs:\t1" in status
         assert "Seccomp:\t0" in status, "QEMU brings its own"
         [ignored] = [line for line in status.splitlines() if line.startswith("SigIgn")]
-        assert int(ignored.split()[1], 16) == 0
+        # 32 and 33 are the C library's own; whoever started us may have ignored them, and no call of it
+        # can take that back (signal(7)).
+        ours = ~(0b11 << 31)
+        assert int(ignored.split()[1], 16) & ours == 0
     os.close(read)
 
 
@@ -240,7 +244,7 @@ def test_root_becomes_who_it_is_told_to() -> None:
         shim.end()
 
 
-@pytest.mark.skipif(not ROOT, reason="only root can become a plain user first")
+@needs_another_user
 def test_a_plain_user_may_not_become_another_and_needs_not() -> None:
     with Started("true", user=65534, uid=0, gid=0) as shim:
         record = shim.end()
