@@ -11,10 +11,6 @@ from dataclasses import dataclass
 
 from services.hypervisor.model import Accelerator, Transport
 
-# Slots kept free for devices that are plugged in later, besides the vsock device's own.
-# A slot cannot be reused for a vsock device that was unplugged from it, so there are several.
-SPARE_ROOT_PORTS = 5
-
 # Everything QEMU can emulate, but no fifth level of page tables: each walk of them is emulated too.
 # Boot to the agent's answer takes 6.6 s of processor time without it, 8.4 s with it.
 EMULATED_CPU = "max,la57=off"
@@ -124,8 +120,10 @@ def build_argv(machine: MachineConfig) -> list[str]:
     if machine.monitor_listen_fd is not None:
         argv += ["-chardev", f"socket,id=adopt,fd={machine.monitor_listen_fd},server=on,wait=off"]
         argv += ["-mon", "chardev=adopt,mode=control"]
-    for port in range(1 + SPARE_ROOT_PORTS):
-        argv += ["-device", f"pcie-root-port,id=port{port},chassis={port + 1},slot={port + 1}"]
+    # One slot, for the vsock device. A machine that boots has all its devices from the start, and each
+    # empty slot costs a boot under emulation some 60 ms: with six, the slim kernel is up after 1.04 s
+    # instead of 0.76 s.
+    argv += ["-device", "pcie-root-port,id=port0,chassis=1,slot=1"]
     argv += ["-object", "rng-builtin,id=entropy", "-device", "virtio-rng-pci,rng=entropy"]
     if machine.vsock is not None:
         argv += _vsock(machine.vsock)
