@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import grpc
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_exponential
@@ -23,19 +23,14 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from services.common.address import Address
 from services.common.channel import open_channel
 from services.common.errors import Cancelled, InvalidInput, Unavailable, from_rpc_error
+from voidbox import stubs
 from voidbox.archive import CHUNK_BYTES, pack, read_file
 from voidbox.execution import Execution
-from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
-from voidbox.hypervisor.v1 import hypervisor_pb2, hypervisor_pb2_grpc
-from voidbox.imager.v1 import imager_pb2, imager_pb2_grpc
-from voidbox.orchestrator.v1 import orchestrator_pb2, orchestrator_pb2_grpc
+from voidbox.guest.v1 import guest_pb2
+from voidbox.hypervisor.v1 import hypervisor_pb2
+from voidbox.imager.v1 import imager_pb2
+from voidbox.orchestrator.v1 import orchestrator_pb2
 from voidbox.outage import RECONNECT_SECONDS, Outage
-
-if TYPE_CHECKING:
-    from voidbox.guest.v1.guest_pb2_grpc import GuestServiceAsyncStub
-    from voidbox.hypervisor.v1.hypervisor_pb2_grpc import HypervisorServiceAsyncStub
-    from voidbox.imager.v1.imager_pb2_grpc import ImagerServiceAsyncStub
-    from voidbox.orchestrator.v1.orchestrator_pb2_grpc import OrchestratorServiceAsyncStub
 
 T = TypeVar("T")
 
@@ -82,14 +77,10 @@ class Client:
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
-        self.orchestrator = cast(
-            "OrchestratorServiceAsyncStub", orchestrator_pb2_grpc.OrchestratorServiceStub(channel)
-        )
-        self.imager = cast("ImagerServiceAsyncStub", imager_pb2_grpc.ImagerServiceStub(channel))
-        self.hypervisor = cast(
-            "HypervisorServiceAsyncStub", hypervisor_pb2_grpc.HypervisorServiceStub(channel)
-        )
-        self.guest = cast("GuestServiceAsyncStub", guest_pb2_grpc.GuestServiceStub(channel))
+        self.orchestrator = stubs.orchestrator(channel)
+        self.imager = stubs.imager(channel)
+        self.hypervisor = stubs.hypervisor(channel)
+        self.guest = stubs.guest(channel)
 
     @classmethod
     @contextlib.asynccontextmanager

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -23,10 +23,11 @@ from services.orchestrator.blobs import BlobWriter, reading
 from services.orchestrator.convert import duration, mount_to_proto
 from services.orchestrator.plan import Machine
 from services.orchestrator.records import Progress
+from voidbox import stubs
 from voidbox.common.v1 import common_pb2
-from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
-from voidbox.hypervisor.v1 import hypervisor_pb2, hypervisor_pb2_grpc
-from voidbox.imager.v1 import imager_pb2, imager_pb2_grpc
+from voidbox.guest.v1 import guest_pb2
+from voidbox.hypervisor.v1 import hypervisor_pb2
+from voidbox.imager.v1 import imager_pb2
 
 _T = TypeVar("_T")
 
@@ -170,13 +171,8 @@ class Peers:
         self.hypervisor_channel, self.imager_channel = hypervisor, imager
         self.patience = patience
         self._addresses = addresses
-        self._hypervisor = cast(
-            "hypervisor_pb2_grpc.HypervisorServiceAsyncStub",
-            hypervisor_pb2_grpc.HypervisorServiceStub(hypervisor),
-        )
-        self._imager = cast(
-            "imager_pb2_grpc.ImagerServiceAsyncStub", imager_pb2_grpc.ImagerServiceStub(imager)
-        )
+        self._hypervisor = stubs.hypervisor(hypervisor)
+        self._imager = stubs.imager(imager)
 
     async def resolve_guest_image(self, machine: Machine) -> GuestImage:
         """The kernel and initramfs that `machine` boots."""
@@ -347,7 +343,7 @@ class GuestPeer:
 
     def __init__(self, channel: grpc.aio.Channel, box_id: str, patience: float) -> None:
         self.box_id = box_id
-        self.stub = cast("guest_pb2_grpc.GuestServiceAsyncStub", guest_pb2_grpc.GuestServiceStub(channel))
+        self.stub = stubs.guest(channel)
         self.metadata = ((BOX_ID_KEY, box_id),)
         self.patience = patience
 
