@@ -20,13 +20,13 @@ from services.common.errors import Internal, NotFound, Unavailable, VoidboxError
 from services.common.process import clean_env
 from services.hypervisor import claim, console, failure, layout, qmp
 from services.hypervisor.argv import (
-    KERNEL_COMMAND_LINE,
     VHOST_SOCKET,
     DiskDevice,
     MachineConfig,
     ShareDevice,
     VsockDevice,
     build_argv,
+    kernel_command_line,
 )
 from services.hypervisor.driver import Machine, MachinePlan
 from services.hypervisor.failure import Remains
@@ -56,9 +56,8 @@ _LOG_TAIL = 4000
 class QemuDriver:
     """A `Driver` that starts QEMU."""
 
-    def __init__(self, programs: Programs | None = None, *, command_line: str = KERNEL_COMMAND_LINE) -> None:
+    def __init__(self, programs: Programs | None = None) -> None:
         self._programs = programs
-        self._command_line = command_line
 
     async def start(self, plan: MachinePlan, on_spawned: Callable[[int, int], None]) -> Machine:
         """See `Driver.start`."""
@@ -66,7 +65,7 @@ class QemuDriver:
             raise Internal("a driver without programs can only adopt")
         machine = QemuMachine(plan.directory)
         try:
-            await machine._start(plan, self._programs, self._command_line, on_spawned)
+            await machine._start(plan, self._programs, on_spawned)
         except BaseException:
             await machine.kill(gently=False)
             await machine.close()
@@ -111,11 +110,11 @@ class QemuMachine:
     # Starting
 
     async def _start(
-        self, plan: MachinePlan, programs: Programs, command_line: str, on_spawned: Callable[[int, int], None]
+        self, plan: MachinePlan, programs: Programs, on_spawned: Callable[[int, int], None]
     ) -> None:
         with contextlib.ExitStack() as ours:
             with contextlib.ExitStack() as given:  # what only the new processes keep
-                ends = self._endpoints(plan, programs, command_line, given, ours)
+                ends = self._endpoints(plan, programs, given, ours)
                 log = given.enter_context(_new_file(self._directory / layout.LOG_FILE))
                 pid = await asyncio.to_thread(_spawn_shim, ends.config, ends.config_read, log)
                 self._watch(pid, None)
@@ -138,7 +137,6 @@ class QemuMachine:
         self,
         plan: MachinePlan,
         programs: Programs,
-        command_line: str,
         given: contextlib.ExitStack,
         ours: contextlib.ExitStack,
     ) -> _Endpoints:
@@ -181,7 +179,7 @@ class QemuMachine:
             vcpus=plan.config.resources.vcpus,
             kernel_fd=plan.kernel_fd,
             initramfs_fd=plan.initramfs_fd,
-            command_line=command_line,
+            command_line=kernel_command_line(plan.accelerator, plan.config.resources.vcpus),
             console_fd=console_write,
             vsock=VsockDevice(transport=plan.transport, cid=plan.cid, fd=device_fd),
             monitor_fd=monitor_theirs.fileno(),

@@ -9,7 +9,8 @@ import os
 import time
 from pathlib import Path
 
-from services.hypervisor.argv import KERNEL_COMMAND_LINE
+from services.hypervisor.argv import EMULATED_CPU, kernel_command_line
+from services.hypervisor.model import Accelerator
 from services.imager import cpio
 
 MARK = b"floor: init runs"
@@ -45,9 +46,16 @@ async def boot(kernel: Path, initramfs: Path, memory_mib: int, directory: Path) 
     started = time.monotonic()
     qemu = await asyncio.create_subprocess_exec(
         "qemu-system-x86_64",
-        *("-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "1", "-m", f"{memory_mib}M"),
+        *("-machine", "q35,accel=tcg", "-cpu", EMULATED_CPU, "-smp", "1", "-m", f"{memory_mib}M"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none"),
-        *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", KERNEL_COMMAND_LINE),
+        *(
+            "-kernel",
+            str(kernel),
+            "-initrd",
+            str(initramfs),
+            "-append",
+            kernel_command_line(Accelerator.TCG, 1),
+        ),
         *("-serial", "stdio"),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=console_write,

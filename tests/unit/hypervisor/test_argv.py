@@ -13,6 +13,7 @@ from services.hypervisor.argv import (
     ShareDevice,
     VsockDevice,
     build_argv,
+    kernel_command_line,
     quote,
 )
 from services.hypervisor.model import Accelerator, Transport
@@ -33,7 +34,7 @@ GOLDEN = """/usr/bin/qemu-system-x86_64
 -name guest=box-1
 -machine q35,memory-backend=ram,vmport=off,usb=off
 -accel tcg,tb-size=256
--cpu max,la57=off
+-cpu max,la57=off,erms=off
 -smp 2
 -m 256M
 -object memory-backend-memfd,id=ram,size=256M,share=on,seal=on
@@ -140,3 +141,15 @@ def test_no_network_exists() -> None:
     argv = build_argv(PLAIN)
     assert values(argv, "-nic") == ["none"]
     assert not any("net" in each for each in values(argv, "-device"))
+
+
+def test_a_processor_of_the_host_keeps_its_guards_and_an_emulated_one_boots_without_them() -> None:
+    real = kernel_command_line(Accelerator.KVM, 1).split()
+    emulated = kernel_command_line(Accelerator.TCG, 1).split()
+    costly = {"mitigations=off", "init_on_alloc=0", "noapictimer"}
+    assert not costly & set(real)
+    assert costly <= set(emulated)
+
+
+def test_several_emulated_processors_keep_their_own_timers() -> None:
+    assert "noapictimer" not in kernel_command_line(Accelerator.TCG, 2).split()
