@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import random
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from services.common import process
@@ -135,6 +138,50 @@ async def test_stats_and_capabilities_are_measured(client: Client, shared_box: s
     assert 0 < told.available_memory_mib < told.host_memory_mib
     assert {"qemu", "kvm", "tcg", "vhost-vsock"} == {probe.name for probe in told.probes}
     assert all(probe.detail for probe in told.probes)
+
+
+MIB = 1 << 20
+RANDOM_BYTES = "import random, sys; sys.stdout.buffer.write(random.Random(3).randbytes(int(sys.argv[1])))"
+
+
+async def test_a_connection_cut_at_200_random_offsets_costs_no_byte_of_output(
+    hypervisor: HypervisorProcess, shared_box: str
+) -> None:
+    size = 20 * MIB
+    cuts = sorted(random.Random(4).sample(range(1, size), 200))
+    expected = await asyncio.to_thread(random.Random(3).randbytes, size)
+    received = bytearray()
+    for number, cut in enumerate([*cuts, size + 1]):
+        # A client of its own each time; leaving the block cuts its connection off in mid-stream.
+        async with hypervisor.connected() as client:
+            metadata = ((BOX_KEY, shared_box),)
+            call: Any
+            kind: Any
+            if number == 0:
+                call, kind = client.guest.Exec(metadata=metadata, timeout=120), guest_pb2.ExecRequest
+                start = guest_pb2.ExecStart(exec_id="cut", program="python3", acks=True)
+                start.args.extend(["-c", RANDOM_BYTES, str(size)])
+                await call.write(guest_pb2.ExecRequest(start=start))
+            else:
+                call, kind = client.guest.Attach(metadata=metadata, timeout=60), guest_pb2.AttachRequest
+                opening = guest_pb2.AttachOpen(exec_id="cut", stdout_offset=len(received), acks=True)
+                await call.write(guest_pb2.AttachRequest(open=opening))
+            while len(received) < cut:
+                message = await call.read()
+                assert message is not grpc.aio.EOF, await call.details()
+                if message.event.HasField("exit"):
+                    assert message.event.exit.exit_code == 0
+                    break
+                if message.event.HasField("output"):
+                    assert message.event.output.offset == len(received)
+                    # Of the message in which it dies the client has a part.
+                    received += message.event.output.data[: max(cut - len(received), 1)]
+                    request: Any = kind()
+                    request.input.ack.stream = 1  # standard output
+                    request.input.ack.offset = len(received)
+                    await call.write(request)
+    assert len(received) == size
+    assert received == expected
 
 
 async def test_pause_stops_the_guest_and_resume_lets_it_go_on(client: Client, shared_box: str) -> None:
