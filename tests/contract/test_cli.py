@@ -20,6 +20,7 @@ import pytest
 
 from services.common.errors import Exhausted
 from services.common.paths import Paths
+from services.orchestrator import convert
 from services.orchestrator.__main__ import running
 from services.orchestrator.config import Config
 from tests.contract.orchestrator_fakes import ERR, Fakes, Process
@@ -266,6 +267,19 @@ async def test_exec_that_keeps_its_box_can_be_joined_by_run(cli: Cli, fakes: Fak
     assert (await cli("exec", "--in", box_id, "--", "hello")).out == b"hello\n"
     await cli("rm", "-f", run_id)
     assert fakes.boxes == {}
+
+
+async def test_a_kept_box_stays_when_nobody_watches_it(
+    cli: Cli, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds_of = convert.seconds_of
+    # The limit for boxes that nobody watches is 30 s; here it is over before the next command is up.
+    monkeypatch.setattr(convert, "seconds_of", lambda value, name: seconds_of(value, name) / 10_000)
+    done = await cli("exec", "--keep", "--", "hello")
+    run_id = done.err.split("--in ")[1].split()[0]
+    await cli("ps")
+    assert (await cli("exec", "--in", run_id, "--", "hello")).out == b"hello\n"
+    await cli("rm", "-f", run_id)
 
 
 async def test_logs_show_one_stage_without_its_name(cli: Cli) -> None:

@@ -8,13 +8,23 @@ from voidbox.client import Client
 from voidbox.hypervisor.v1 import hypervisor_pb2 as hv
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 
+RUNNING = frozenset((hv.BOX_STATE_RUNNING,))
 
-async def find_box(client: Client, name: str) -> str:
-    """The id of the running box that `name` means.
+
+def state_word(state: hv.BoxState.ValueType) -> str:
+    """A state for people and for JSON: `running`."""
+    return hv.BoxState.Name(state).removeprefix("BOX_STATE_").lower()
+
+
+async def find_box(client: Client, name: str, states: frozenset[hv.BoxState.ValueType] = RUNNING) -> str:
+    """The id of the box that `name` means.
+
+    Args:
+        states: Those in which it may be.
 
     Raises:
         NotFound: there is neither such a run nor such a box.
-        WrongState: it does not run.
+        WrongState: it is in another state.
         InvalidInput: the run has several boxes.
     """
     run_id, slash, stage = name.partition("/")
@@ -34,10 +44,12 @@ async def find_box(client: Client, name: str) -> str:
             box=name,
         )
     state = boxes[name].state
-    if state != hv.BOX_STATE_RUNNING:
-        word = hv.BoxState.Name(state).removeprefix("BOX_STATE_").lower()
+    if state not in states:
+        reason = boxes[name].reason
+        wanted = " or ".join(sorted(state_word(one) for one in states))
         raise WrongState(
-            f"box {name} is {word}: {boxes[name].reason or 'it does not run'}", reason="BOX_NOT_RUNNING"
+            f"box {name} is {state_word(state)}" + (f": {reason}" if reason else f", not {wanted}"),
+            reason="BOX_NOT_RUNNING",
         )
     return name
 

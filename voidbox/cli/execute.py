@@ -132,7 +132,8 @@ class _Session:
             ),
             base_directory=str(Path.cwd()),
         )
-        request.options.orphan_timeout.FromNanoseconds(int(ORPHAN_SECONDS * 1e9))
+        if not self._args.keep:
+            request.options.orphan_timeout.FromNanoseconds(int(ORPHAN_SECONDS * 1e9))
         keep = False
         watcher: asyncio.Task[pb.Run] | None = None
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()

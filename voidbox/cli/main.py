@@ -22,6 +22,11 @@ _MODULES = {
     "logs": "runs",
     "stop": "runs",
     "rm": "runs",
+    "stats": "stats",
+    "console": "machine",
+    "pause": "machine",
+    "resume": "machine",
+    "port-forward": "forward",
     "image": "image",
     "doctor": "doctor",
     "up": "stack",
@@ -84,7 +89,7 @@ def _command(name: str, args: object, screen: Screen) -> int:
             layout=Layout.from_env(os.environ),
         )
         module = import_module(f"voidbox.cli.{_MODULES[name]}")
-        code: int = getattr(module, f"{name}_command")(context)
+        code: int = getattr(module, f"{name.replace('-', '_')}_command")(context)
         return code
     except VoidboxError as error:
         code = of_error(error)

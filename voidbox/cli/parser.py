@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from voidbox.cli.exitcode import ExitCode
@@ -174,6 +174,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     remove = add("rm", "Remove ended runs with their events and artifacts.")
     remove.add_argument("runs", nargs="+", metavar="RUN", help="run id")
     remove.add_argument("-f", "--force", action="store_true", help="stop running ones; ignore unknown ones")
+    _add_machine(add)
     _add_image(add("image", "Manage images and the guest image."), shared)
     add("doctor", "Check whether this host can run boxes, and say what to do if not.")
     add("up", "Start the embedded stack and wait until it answers.")
@@ -214,6 +215,36 @@ def _add_exec(command: Parser) -> None:
     command.add_argument("--in", dest="target", metavar="BOX", help="a running box: box id, RUN or RUN/STAGE")
     command.add_argument("--keep", action="store_true", help="leave the box running afterwards")
     command.add_argument("argv", nargs=argparse.REMAINDER, metavar="PROGRAM", help="program and arguments")
+
+
+def _add_machine(add: Callable[[str, str], Parser]) -> None:
+    box = "a box id, RUN or RUN/STAGE"
+    stats = add("stats", "Show what boxes take of the host, and what their guests have left.")
+    stats.add_argument("boxes", nargs="*", metavar="BOX", help=f"{box}; none means every running box")
+    stats.add_argument("--watch", "-w", action="store_true", help="again and again, until Ctrl-C")
+    stats.add_argument(
+        "--interval", type=_interval, default=1.0, metavar="S", help="time that is measured over (1)"
+    )
+    console = add("console", "Print what the kernel and the agent of a box have printed.")
+    console.add_argument("box", metavar="BOX", help=box)
+    console.add_argument("-f", "--follow", action="store_true", help="go on until the box ends")
+    console.add_argument(
+        "--tail-bytes",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="only the last N bytes (0: all that is kept)",
+    )
+    for name, text in (("pause", "Stop the processors of boxes."), ("resume", "Let paused boxes go on.")):
+        add(name, text).add_argument("boxes", nargs="+", metavar="BOX", help=box)
+    forward = add("port-forward", "Make ports of a box reachable on this host until Ctrl-C.")
+    forward.add_argument("box", metavar="BOX", help=box)
+    forward.add_argument(
+        "ports",
+        nargs="+",
+        metavar="[ADDRESS:]HOST:GUEST",
+        help="port here and port in the box, or one number for both; the address is 127.0.0.1 if not given",
+    )
 
 
 def _add_image(image: Parser, shared: list[Parser]) -> None:
@@ -267,4 +298,11 @@ def _seconds(text: str) -> float:
         value = -1.0
     if not 0 < value < 10**9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def _interval(text: str) -> float:
+    value = _seconds(text)
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 3600")
     return value

@@ -13,7 +13,7 @@ from voidbox.cli.completion import script
 from voidbox.cli.parser import build, parse
 
 EXPECTED_COMMANDS = {
-    "run", "validate", "inspect", "exec", "cp", "ps", "logs", "stop", "rm", "image", "doctor", "up", "down",
+    "run", "validate", "inspect", "exec", "cp", "ps", "logs", "stop", "stats", "console", "pause", "resume", "port-forward", "rm", "image", "doctor", "up", "down",
     "status", "version", "completion",
 }  # fmt: skip
 
@@ -142,4 +142,4 @@ complete_words voidbox exec -- --mem
 """
     )
     done = subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["stop status", "--memory-mb", "human json", "pull", ""]
+    assert done.stdout.splitlines() == ["stop stats status", "--memory-mb", "human json", "pull", ""]

@@ -1,0 +1,96 @@
+"""`voidbox console`, `pause` and `resume`: the machine of a box, whatever runs in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from voidbox.cli.boxes import find_box, state_word
+from voidbox.cli.connection import Context
+from voidbox.cli.exitcode import ExitCode
+from voidbox.cli.interrupts import Interrupted, Interrupts
+from voidbox.cli.screen import safe
+from voidbox.cli.terminal import write_all
+from voidbox.client import CALL_SECONDS, Client, rpc_errors
+from voidbox.hypervisor.v1 import hypervisor_pb2 as hv
+
+# Of a box that has ended the console says why.
+_ANY = frozenset(hv.BoxState.values())
+_PAUSABLE = frozenset((hv.BOX_STATE_RUNNING, hv.BOX_STATE_PAUSED))
+
+
+def console_command(context: Context) -> int:
+    """Print what the kernel and the agent of a box have printed."""
+    return asyncio.run(_console(context))
+
+
+async def _console(context: Context) -> int:
+    stack = await asyncio.to_thread(context.stack)
+
+    async def show() -> None:
+        async with stack.connect() as client:
+            box = await find_box(client, context.args.box, _ANY)
+            request = hv.ReadConsoleRequest(
+                box_id=box, offset=-context.args.tail_bytes, follow=context.args.follow
+            )
+            rest = b""
+            with rpc_errors():
+                async for piece in client.hypervisor.ReadConsole(request):
+                    if context.screen.json:
+                        text = piece.data.decode(errors="replace")
+                        context.screen.data({"box_id": box, "offset": piece.offset, "data": text})
+                        continue
+                    *lines, rest = (rest + piece.data).split(b"\n")
+                    await _print(lines)
+            if rest:
+                await _print([rest])
+
+    with Interrupts() as interrupts:
+        try:
+            await interrupts.guard(show())
+        except Interrupted:
+            return interrupts.exit_code
+    return ExitCode.OK
+
+
+async def _print(lines: list[bytes]) -> None:
+    """A guest's lines, with nothing in them that a terminal would obey."""
+    shown = "".join(f"{safe(line.decode(errors='replace').rstrip(chr(13)))}\n" for line in lines)
+    await write_all(1, shown.encode())
+
+
+def pause_command(context: Context) -> int:
+    """Stop the processors of boxes."""
+
+    async def pause(client: Client, box: str) -> hv.Box:
+        request = hv.PauseBoxRequest(box_id=box)
+        return (await client.call(lambda: client.hypervisor.PauseBox(request, timeout=CALL_SECONDS))).box
+
+    return _each(context, pause)
+
+
+def resume_command(context: Context) -> int:
+    """Let the processors of boxes go on."""
+
+    async def resume(client: Client, box: str) -> hv.Box:
+        request = hv.ResumeBoxRequest(box_id=box)
+        return (await client.call(lambda: client.hypervisor.ResumeBox(request, timeout=CALL_SECONDS))).box
+
+    return _each(context, resume)
+
+
+def _each(context: Context, action: Callable[[Client, str], Awaitable[hv.Box]]) -> int:
+    stack = context.stack()
+
+    async def work() -> list[hv.Box]:
+        async with stack.connect() as client:
+            # All are found before any is touched.
+            boxes = [await find_box(client, name, _PAUSABLE) for name in context.args.boxes]
+            return [await action(client, box) for box in boxes]
+
+    boxes = asyncio.run(work())
+    context.screen.result(
+        "\n".join(f"{box.id} {state_word(box.state)}" for box in boxes),
+        [{"box_id": box.id, "state": state_word(box.state)} for box in boxes],
+    )
+    return ExitCode.OK
