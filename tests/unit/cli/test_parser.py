@@ -13,8 +13,8 @@ from voidbox.cli.completion import script
 from voidbox.cli.parser import build, parse
 
 EXPECTED_COMMANDS = {
-    "run", "validate", "inspect", "exec", "cp", "ps", "logs", "stop", "stats", "console", "pause", "resume", "port-forward", "rm", "image", "doctor", "up", "down",
-    "status", "version", "completion",
+    "run", "validate", "inspect", "exec", "cp", "ps", "logs", "stop", "rm", "image", "doctor", "up", "down",
+    "stats", "console", "pause", "resume", "port-forward", "status", "version", "completion",
 }  # fmt: skip
 
 
