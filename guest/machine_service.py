@@ -80,7 +80,8 @@ class MachineCalls:
     async def GetGuest(self, _request: pb.GetGuestRequest, _context: Any) -> pb.GetGuestResponse:
         """Describe the guest."""
         answer = pb.GetGuestResponse(
-            boot_id=boot_id(),
+            # The kernel makes it up when it is first read; machines restored from this one shall differ.
+            boot_id=boot_id() if self.gate.claimed else "",
             kernel_release=os.uname().release,
             agent_version=VERSION,
             claimed=self.gate.claimed,

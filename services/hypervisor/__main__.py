@@ -62,6 +62,7 @@ async def running(
             identities,
             memory_overcommit=config.memory_overcommit,
             parallel_starts=config.parallel_starts or max(2, len(os.sched_getaffinity(0))),
+            templates=config.templates,
             driver=driver,
         ) as registry:
             servicer = HypervisorServicer(registry, prober)

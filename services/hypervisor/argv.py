@@ -7,6 +7,7 @@ on any path: `/dev/fdset/N` where QEMU's own open takes it, `/dev/fd/N` where it
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from services.hypervisor.model import Accelerator, Transport
@@ -22,6 +23,12 @@ EMULATED_CPU = "max,la57=off,erms=off"
 TRANSLATION_MIB = 256
 
 VHOST_SOCKET = "vhost.sock"
+
+# Root ports of a machine that is saved or restored. Vsock has the first two, since a port that lost a device
+# does not always take the next one; the others hold up to eight devices each.
+SAVED_PORTS = 7
+_FIRST_SHARED_PORT = 2
+_FUNCTIONS = 8
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -81,22 +88,30 @@ class VsockDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineConfig:
-    """What a machine is made of; descriptors are numbers in the QEMU process."""
+    """What a machine is made of; descriptors are numbers in the QEMU process.
+
+    `memory_fd` is a memfd that becomes the RAM. An `incoming` machine has it for itself, copied
+    as it is written, and waits for a saved state: its vsock device and its shares' devices are
+    plugged in after that, while `disks` are those that the saved machine had.
+    """
 
     program: str
     name: str
     accelerator: Accelerator
     memory_mib: int
     vcpus: int
-    kernel_fd: int
-    initramfs_fd: int
-    command_line: str
+    kernel_fd: int | None = None
+    initramfs_fd: int | None = None
+    command_line: str = ""
     console_fd: int
     vsock: VsockDevice | None = None
     monitor_fd: int | None = None
     monitor_listen_fd: int | None = None
     disks: tuple[DiskDevice, ...] = ()
     shares: tuple[ShareDevice, ...] = ()
+    memory_fd: int | None = None
+    incoming: bool = False
+    ports: int = 1
 
 
 def build_argv(machine: MachineConfig) -> list[str]:
@@ -105,23 +120,30 @@ def build_argv(machine: MachineConfig) -> list[str]:
     RAM is a sealed memfd, shared: the vhost-user protocol hands out RAM by descriptor, and an
     anonymous backend has none; a file in the box directory would be written back to the disk.
     """
+    # The state is saved by xen-save-devices-state, whose stream has neither of these sections.
+    plain = ",suppress-vmdesc=on" if machine.ports > 1 else ""
     argv = [
         machine.program,
         *("-name", f"guest={quote(machine.name)}"),
-        *("-machine", "q35,memory-backend=ram,vmport=off,usb=off"),
+        *("-machine", f"q35,memory-backend=ram,vmport=off,usb=off{plain}"),
         *("-accel", "kvm" if machine.accelerator is Accelerator.KVM else f"tcg,tb-size={TRANSLATION_MIB}"),
         *("-cpu", "host" if machine.accelerator is Accelerator.KVM else EMULATED_CPU),
         *("-smp", str(machine.vcpus)),
         *("-m", f"{machine.memory_mib}M"),
-        *("-object", f"memory-backend-memfd,id=ram,size={machine.memory_mib}M,share=on,seal=on"),
+        *("-object", _memory(machine)),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none"),
         *("-nic", "none"),
         *("-sandbox", SANDBOX),
-        *("-kernel", f"/dev/fd/{machine.kernel_fd}"),
-        *("-initrd", f"/dev/fd/{machine.initramfs_fd}"),
-        *("-append", machine.command_line),
     ]
+    if machine.kernel_fd is not None:
+        argv += ["-kernel", f"/dev/fd/{machine.kernel_fd}"]
+        argv += ["-initrd", f"/dev/fd/{machine.initramfs_fd}"]
+        argv += ["-append", machine.command_line]
+    if machine.ports > 1:
+        argv += ["-global", "migration.send-configuration=off"]
+    if machine.incoming:
+        argv += ["-incoming", "defer", "-S"]
     sets = _FdSets()
     argv += sets.add(machine.console_fd)
     argv += ["-chardev", f"file,id=console,path={sets.path(machine.console_fd)},append=on"]
@@ -132,17 +154,26 @@ def build_argv(machine: MachineConfig) -> list[str]:
     if machine.monitor_listen_fd is not None:
         argv += ["-chardev", f"socket,id=adopt,fd={machine.monitor_listen_fd},server=on,wait=off"]
         argv += ["-mon", "chardev=adopt,mode=control"]
-    # One slot, for the vsock device. A machine that boots has all its devices from the start, and each
-    # empty slot costs a boot under emulation some 60 ms: with six, the slim kernel is up after 1.04 s
-    # instead of 0.76 s.
-    argv += ["-device", "pcie-root-port,id=port0,chassis=1,slot=1"]
+    # One slot, for the vsock device. A machine that boots for itself has all its devices from the start, and
+    # each empty slot costs a boot under emulation some 60 ms: with six, the slim kernel is up after 1.04 s
+    # instead of 0.76 s. A machine that is saved pays that once for all its clones.
+    for number in range(machine.ports):
+        argv += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1},slot={number + 1}"]
     argv += ["-object", "rng-builtin,id=entropy", "-device", "virtio-rng-pci,rng=entropy"]
-    if machine.vsock is not None:
+    if machine.ports > 1:
+        # Tells each restored guest that it is another one: its kernel draws new random numbers.
+        argv += ["-device", "vmgenid,guid=auto,id=generation"]
+    if machine.vsock is not None and not machine.incoming:
         argv += _vsock(machine.vsock)
     for number, disk in enumerate(machine.disks):
-        argv += _disk(number, disk, sets)
+        argv += _disk(number, disk, sets, place(number) if machine.incoming else {})
     for number, share in enumerate(machine.shares):
-        argv += _share(number, share)
+        argv += _share_backend(number, share)
+        if not machine.incoming:
+            argv += [
+                "-device",
+                f"virtio-9p-pci,id=share{number},fsdev=fs{number},mount_tag={quote(share.tag)}",
+            ]
     return argv
 
 
@@ -165,6 +196,14 @@ class _FdSets:
         return f"/dev/fdset/{self._numbers[fd]}"
 
 
+def _memory(machine: MachineConfig) -> str:
+    size = f"id=ram,size={machine.memory_mib}M"
+    if machine.memory_fd is None:
+        return f"memory-backend-memfd,{size},share=on,seal=on"
+    share = "off" if machine.incoming else "on"
+    return f"memory-backend-file,{size},mem-path=/dev/fd/{machine.memory_fd},share={share}"
+
+
 def _vsock(device: VsockDevice) -> list[str]:
     if device.transport is Transport.VHOST:
         return [
@@ -172,38 +211,92 @@ def _vsock(device: VsockDevice) -> list[str]:
             f"vhost-vsock-pci,id=vsock0,bus=port0,guest-cid={device.cid},vhostfd={device.fd}",
         ]
     return [
-        *("-chardev", f"socket,id=vsock,path=/dev/fd/{device.fd}/{VHOST_SOCKET}"),
-        *("-device", "vhost-user-vsock-pci,id=vsock0,bus=port0,chardev=vsock"),
+        *("-chardev", f"socket,id=vsock0,path=/dev/fd/{device.fd}/{VHOST_SOCKET}"),
+        *("-device", "vhost-user-vsock-pci,id=vsock0,bus=port0,chardev=vsock0"),
     ]
 
 
-def _disk(number: int, disk: DiskDevice, sets: _FdSets) -> list[str]:
-    """Block nodes from the file up. A full host disk is reported to the guest as an I/O error:
-    QEMU's default would stop the whole machine instead."""
-    base, overlay, device = f"base{number}", f"overlay{number}", f"disk{number}"
-    argv = [*sets.add(disk.base_fd), *_blockdev(f"{base}-file", sets.path(disk.base_fd), writable=False)]
-    argv += _format(base, disk.base_format, f"{base}-file", backing=None, writable=False)
-    top = base
+def _disk_fds(disk: DiskDevice) -> list[int]:
+    return [disk.base_fd] if disk.overlay_fd is None else [disk.base_fd, disk.overlay_fd]
+
+
+def _disk(number: int, disk: DiskDevice, sets: _FdSets, place: Mapping[str, object]) -> list[str]:
+    argv = [*sets.add(disk.base_fd)]
     if disk.overlay_fd is not None:
         argv += sets.add(disk.overlay_fd)
-        argv += _blockdev(f"{overlay}-file", sets.path(disk.overlay_fd), writable=True)
-        argv += _format(overlay, "qcow2", f"{overlay}-file", backing=base, writable=True)
-        top = overlay
-    return [
-        *argv,
-        "-device",
-        f"virtio-blk-pci,id={device},drive={top},serial={quote(disk.serial)},werror=report,rerror=report",
+    for node in disk_nodes(number, disk, sets.path):
+        argv += ["-blockdev", _json(node)]
+    if place:
+        return [*argv, "-device", _json({**disk_device(number, disk), **place})]
+    device = ",".join(f"{key}={value}" for key, value in disk_device(number, disk).items())
+    return [*argv, "-device", device.removeprefix("driver=")]
+
+
+def _json(options: Mapping[str, object]) -> str:
+    return json.dumps(options, separators=(",", ":"))
+
+
+def disk_nodes(number: int, disk: DiskDevice, path: Callable[[int], str]) -> list[dict[str, object]]:
+    """The block nodes of a disk, from the file up, the last one being what its device shows.
+
+    Args:
+        number: The disk's place among the machine's.
+        disk: The disk.
+        path: Where QEMU opens a descriptor of `disk`.
+    """
+    base, overlay = f"base{number}", f"overlay{number}"
+    nodes = [
+        _file(f"{base}-file", path(disk.base_fd), writable=False),
+        _format(base, disk.base_format, f"{base}-file", backing=None, writable=False),
     ]
+    if disk.overlay_fd is not None:
+        nodes.append(_file(f"{overlay}-file", path(disk.overlay_fd), writable=True))
+        nodes.append(_format(overlay, "qcow2", f"{overlay}-file", backing=base, writable=True))
+    return nodes
 
 
-def _blockdev(node: str, path: str, *, writable: bool) -> list[str]:
-    options = {"driver": "file", "node-name": node, "filename": path, "read-only": not writable}
+def disk_device(number: int, disk: DiskDevice) -> dict[str, object]:
+    """A disk's virtio device. A full host disk is reported to the guest as an I/O error: QEMU's
+    default would stop the whole machine instead."""
+    return {
+        "driver": "virtio-blk-pci",
+        "id": f"disk{number}",
+        "drive": f"base{number}" if disk.overlay_fd is None else f"overlay{number}",
+        "serial": disk.serial,
+        "werror": "report",
+        "rerror": "report",
+    }
+
+
+def share_device(number: int, share: ShareDevice) -> dict[str, object]:
+    """A share's virtio device; its backend is on the command line."""
+    return {
+        "driver": "virtio-9p-pci",
+        "id": f"share{number}",
+        "fsdev": f"fs{number}",
+        "mount_tag": share.tag,
+    }
+
+
+def place(number: int) -> dict[str, object]:
+    """Where the device `number` of a saved or restored machine is; the vsock device is not counted."""
+    port, function = divmod(number, _FUNCTIONS)
+    return {"bus": f"port{_FIRST_SHARED_PORT + port}", "addr": f"0.{function}", "multifunction": True}
+
+
+def _file(node: str, path: str, *, writable: bool) -> dict[str, object]:
+    options: dict[str, object] = {
+        "driver": "file",
+        "node-name": node,
+        "filename": path,
+        "read-only": not writable,
+    }
     if writable:
         options["discard"] = "unmap"
-    return ["-blockdev", json.dumps(options, separators=(",", ":"))]
+    return options
 
 
-def _format(node: str, driver: str, file: str, *, backing: str | None, writable: bool) -> list[str]:
+def _format(node: str, driver: str, file: str, *, backing: str | None, writable: bool) -> dict[str, object]:
     options: dict[str, object] = {
         "driver": driver,
         "node-name": node,
@@ -215,14 +308,12 @@ def _format(node: str, driver: str, file: str, *, backing: str | None, writable:
         options["backing"] = backing
     if writable:
         options["discard"] = "unmap"
-    return ["-blockdev", json.dumps(options, separators=(",", ":"))]
+    return options
 
 
-def _share(number: int, share: ShareDevice) -> list[str]:
+def _share_backend(number: int, share: ShareDevice) -> list[str]:
     read_only = ",readonly=on" if share.read_only else ""
     return [
         "-fsdev",
         f"local,id=fs{number},path=/dev/fd/{share.directory_fd},security_model=none,multidevs=remap{read_only}",
-        "-device",
-        f"virtio-9p-pci,id=share{number},fsdev=fs{number},mount_tag={quote(share.tag)}",
     ]

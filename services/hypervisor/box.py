@@ -16,7 +16,9 @@ from services.hypervisor import failure, layout, prepare, record, stats
 from services.hypervisor.claim import Guest, Identity
 from services.hypervisor.driver import Driver, Machine, MachinePlan
 from services.hypervisor.failure import Remains
+from services.hypervisor.layout import Layout
 from services.hypervisor.model import Accelerator, BoxRecord, Phase, Transport
+from services.hypervisor.saved import Saved
 from services.hypervisor.states import BoxState, move
 
 log = logging.getLogger(__name__)
@@ -76,9 +78,47 @@ class Box:
 
     # Starting
 
-    def begin(self, *, accelerator: Accelerator, transport: Transport) -> None:
+    def begin(self, *, accelerator: Accelerator, transport: Transport, origin: str = "boot") -> None:
         """Write the first record, once the box's directory is there."""
-        self._update(accelerator=accelerator, transport=transport)
+        self._update(accelerator=accelerator, transport=transport, origin=origin)
+
+    async def begin_again(self) -> None:
+        """Forget a machine that did not start, so that another can in its place."""
+        await self.let_go()
+        self._machine = None
+        Layout.clear_machine(self.directory)
+        self._update(vmm_pid=0, shim_pid=0, shim_start=0, origin="boot")
+
+    async def boot_into(self, driver: Driver, plan: MachinePlan, into: Saved, seconds: float) -> None:
+        """Boot a machine in the box's place and save it as soon as its agent answers.
+
+        Nothing of it is left in the box's directory, unless it fails.
+
+        Raises:
+            VoidboxError: it did not come up, or could not be saved; call `destroy`.
+        """
+        deadline = time.monotonic() + seconds
+        self._machine = machine = await driver.start(plan, self._spawned)
+        self._update(vmm_pid=machine.vmm_pid)
+        log.info("machine %s boots, to be saved", self.id)
+        guest = Guest(machine.guest_channel(), b"")
+        try:
+            # An answer, not only a connection: what answering needs is then in the saved memory.
+            await self._unless_ended(guest.boot_id(seconds))
+        except TimedOut as error:
+            raise failure.boot_timeout(self.id, seconds, machine.remains()) from error
+        finally:
+            await guest.channel.close()
+        plan.note("boot")
+        await self._unless_ended(machine.save(into))
+        plan.note("save")
+        await machine.kill(gently=False)
+        await machine.close()
+        self._machine = None
+        self._update(vmm_pid=0, shim_pid=0, shim_start=0)
+        Layout.clear_machine(self.directory)
+        if time.monotonic() > deadline:
+            raise failure.boot_timeout(self.id, seconds, machine.remains())
 
     async def start(
         self, driver: Driver, plan: MachinePlan, identity: Identity, seconds: float, phases: Phases
@@ -90,7 +130,6 @@ class Box:
         """
         deadline = time.monotonic() + seconds
         self._machine = machine = await driver.start(plan, self._spawned)
-        phases.add("spawn")
         self._update(vmm_pid=machine.vmm_pid, phases=phases.done)
         self._guest = guest = Guest(machine.guest_channel(), identity.secret)
         try:
@@ -98,7 +137,7 @@ class Box:
         except TimedOut as error:
             raise failure.boot_timeout(self.id, seconds, machine.remains()) from error
         record.write_atomically(self.directory / layout.SECRET_FILE, identity.secret)
-        phases.add("boot")
+        phases.add("claim" if plan.saved else "boot")
         attachments = prepare.attachments(self.record.config)
         for attachment in attachments:
             await self._unless_ended(guest.mount(attachment))

@@ -23,6 +23,9 @@ class Config:
     )
     machine_uids: int = setting(MACHINE_UIDS, "how many there are; the groups have the same numbers")
     parallel_starts: int = setting(0, "boxes that boot at once, the others wait; 0: the CPUs, at least 2")
+    templates: bool = setting(
+        True, "restore boxes from a machine that was booted once and saved; off: each box boots"
+    )
     memory_overcommit: float = setting(
         1.0,
         "memory promised to boxes may reach this multiple of the host's; guests take only what they touch",

@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
@@ -24,6 +25,7 @@ from services.hypervisor.model import (
 from services.hypervisor.prepare import unsupported
 from services.hypervisor.probe import ProbeResult
 from services.hypervisor.states import BoxState
+from services.hypervisor.templates import Template
 from voidbox.common.v1 import common_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2
 
@@ -120,6 +122,7 @@ def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
         idle_timeout=seconds(message.idle_timeout, "idle_timeout"),
         labels=_entries(message.labels, "labels"),
         hostname=message.hostname,
+        cold_boot=message.cold_boot,
     )
 
 
@@ -209,6 +212,7 @@ def _config(config: BoxConfig) -> hypervisor_pb2.BoxConfig:
         accelerator=accelerator(config.accelerator),
         labels=config.labels,
         hostname=config.hostname,
+        cold_boot=config.cold_boot,
     )
     if config.max_lifetime:
         message.max_lifetime.CopyFrom(duration(config.max_lifetime))
@@ -244,7 +248,37 @@ def probe(result: ProbeResult) -> hypervisor_pb2.Probe:
     return hypervisor_pb2.Probe(name=result.name, usable=result.usable, detail=result.detail)
 
 
-def page(records: Sequence[BoxRecord], size: int, token: str) -> tuple[Sequence[BoxRecord], str]:
+def template(value: Template) -> hypervisor_pb2.Template:
+    """A template as clients see it."""
+    return hypervisor_pb2.Template(
+        id=value.id,
+        kernel_path=value.kernel_path,
+        initramfs_path=value.initramfs_path,
+        resources=common_pb2.Resources(memory_mib=value.memory_mib, vcpus=value.vcpus),
+        create_time=timestamp(value.create_time),
+        use_time=timestamp(value.use_time),
+        size_bytes=value.size_bytes,
+    )
+
+
+class Listed(Protocol):
+    """What can be listed in order of creation."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        ...
+
+    @property
+    def create_time(self) -> float:
+        """Seconds since the epoch."""
+        ...
+
+
+_Listed = TypeVar("_Listed", bound=Listed)
+
+
+def page(records: Sequence[_Listed], size: int, token: str) -> tuple[Sequence[_Listed], str]:
     """One page of `records`, in order of creation, and the token of the next; empty on the last.
 
     Raises:

@@ -10,9 +10,11 @@ from typing import Protocol
 
 import grpc
 
+from services.common.errors import Unavailable
 from services.hypervisor.failure import Remains
 from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, BoxConfig, BoxRecord, Transport
+from services.hypervisor.saved import Saved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,10 @@ class MachinePlan:
 
     The descriptors belong to whoever made the plan and may be closed once `start` returns.
     `disk_fds` are (base, private layer or None) per disk, the root disk first.
+
+    With `saved` the machine is restored from it instead of booted, the first `restored_disks` of its
+    disks being those that the saved machine had; with `into` it boots so that it can be saved there.
+    `note` hears the name of each phase that has ended.
     """
 
     box_id: str
@@ -30,10 +36,20 @@ class MachinePlan:
     transport: Transport
     cid: int
     identity: Identity
-    kernel_fd: int
-    initramfs_fd: int
+    kernel_fd: int | None = None
+    initramfs_fd: int | None = None
     disk_fds: tuple[tuple[int, int | None], ...] = ()
     mount_fds: tuple[int, ...] = ()
+    saved: Saved | None = None
+    into: Saved | None = None
+    restored_disks: int = 0
+    note: Callable[[str], None] = lambda _phase: None
+
+
+class NotRestored(Unavailable):
+    """A saved machine could not be brought back to life; nothing of the new one runs."""
+
+    default_reason = "NOT_RESTORED"
 
 
 class Machine(Protocol):
@@ -61,6 +77,14 @@ class Machine(Protocol):
 
     async def paused(self) -> bool:
         """Whether its processors are stopped."""
+        ...
+
+    async def save(self, into: Saved) -> None:
+        """Take out the vsock device, stop the machine and save it; it stays stopped.
+
+        Raises:
+            VoidboxError: it could not be saved.
+        """
         ...
 
     async def kill(self, *, gently: bool) -> None:
@@ -96,6 +120,7 @@ class Driver(Protocol):
                 that process does anything; when it fails, the process ends by itself.
 
         Raises:
+            NotRestored: the saved machine of the plan does not come up.
             VoidboxError: it did not start; nothing of it runs.
         """
         ...

@@ -5,6 +5,8 @@
 <state>/hypervisor/boxes/<id>/   one box: everything of it, so removing it removes all
     state.json  secret  exit.json  vsock.stats  console.log  vmm.log  *.qcow2
     guest.sock  qmp.sock
+<state>/hypervisor/machines/<name>/   the same for machines that are no boxes: they end with the service
+<state>/hypervisor/templates/<id>/    a saved machine (services.hypervisor.saved)
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ STATS_FILE = "vsock.stats"
 CONSOLE_FILE = "console.log"
 LOG_FILE = "vmm.log"
 SECRET_FILE = "secret"  # noqa: S105 - a file's name
+DEVICE_DIRECTORY = "device"
 _TRASH = ".trash-"
 
 
@@ -47,6 +50,20 @@ class Layout:
         return self.root / "boxes"
 
     @property
+    def machines(self) -> Path:
+        """The directory that holds the directories of machines that are no boxes (yet)."""
+        return self.root / "machines"
+
+    @property
+    def templates(self) -> Path:
+        """The directory that holds the templates' directories."""
+        return self.root / "templates"
+
+    def template(self, template_id: str) -> Path:
+        """A template's directory."""
+        return self.templates / template_id
+
+    @property
     def probes(self) -> Path:
         """What the probes found."""
         return self.root / "probes.json"
@@ -56,6 +73,8 @@ class Layout:
         private_dir(self.state)
         private_dir(self.root)
         private_dir(self.boxes)
+        private_dir(self.machines)
+        private_dir(self.templates)
 
     def box(self, box_id: str) -> Path:
         """A box's directory; `box_id` has been checked."""
@@ -74,6 +93,19 @@ class Layout:
         with contextlib.suppress(FileNotFoundError):
             self.box(box_id).rename(trash)
             shutil.rmtree(trash)
+
+    @staticmethod
+    def clear_machine(directory: Path) -> None:
+        """Remove what a machine has left in a box's directory, so that another can start there."""
+        for name in (GUEST_SOCKET, QMP_SOCKET, EXIT_FILE, STATS_FILE, CONSOLE_FILE, LOG_FILE):
+            (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(directory / DEVICE_DIRECTORY, ignore_errors=True)
+
+    @staticmethod
+    def clear_disks(directory: Path) -> None:
+        """Remove the private layers of disks in a box's directory."""
+        for path in directory.glob("*.qcow2"):
+            path.unlink()
 
     def empty_trash(self) -> None:
         """Finish removals that were interrupted."""

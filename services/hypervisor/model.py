@@ -101,6 +101,7 @@ class BoxConfig:
     idle_timeout: float = 0.0
     labels: Mapping[str, str] = field(default_factory=dict)
     hostname: str = ""
+    cold_boot: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from services.common.errors import InvalidInput, NotBuilt
@@ -17,6 +18,7 @@ from services.hypervisor.identities import Identities
 from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, BoxConfig, Disk, MountMode, Transport
 from services.hypervisor.programs import Programs
+from services.hypervisor.saved import Saved
 
 # CIDs below 3 are reserved (vsock(7)); a random one collides with nobody else's on the host.
 _FIRST_CID, _LAST_CID = 1 << 16, (1 << 31) - 1
@@ -116,12 +118,16 @@ async def prepare(
     cid: int,
     fallback: Identity,
     stack: contextlib.ExitStack,
+    saved: Saved | None = None,
+    note: Callable[[str], None] = lambda _phase: None,
 ) -> tuple[MachinePlan, tuple[int, int] | None]:
     """Open all that the box is made of and make its private disk layers in `directory`.
 
     Args:
         stack: Closes the descriptors.
         fallback: Who the machine runs as if no mount decides.
+        saved: What the machine is restored from; without it, it boots.
+        note: Hears of the phases of the machine's start.
 
     Returns:
         The plan, and who the guest's programs run as (None: the agent's default).
@@ -137,11 +143,9 @@ async def prepare(
 
     mount_fds = [own(inputs.open_mount(mount)) for mount in config.mounts]
     identity, same_user = inputs.machine_identity(zip(config.mounts, mount_fds, strict=True), fallback)
-    kernel = inputs.open_kernel(config.kernel_path)
-    kernel = own(await asyncio.to_thread(inputs.reopenable, kernel, identity))
-    initramfs = inputs.open_initramfs(config.initramfs_path)
-    initramfs = own(await asyncio.to_thread(inputs.reopenable, initramfs, identity))
-    inputs.check_guest_memory(config.resources.memory_mib, initramfs)
+    kernel = initramfs = None
+    if saved is None:
+        kernel, initramfs = await _boot_files(config, identity, stack)
     disk_fds: list[tuple[int, int | None]] = []
     for number, disk in enumerate(all_disks(config)):
         base = own(inputs.open_disk_base(disk))
@@ -163,5 +167,52 @@ async def prepare(
         initramfs_fd=initramfs,
         disk_fds=tuple(disk_fds),
         mount_fds=tuple(mount_fds),
+        saved=saved,
+        note=note,
     )
     return plan, (identity.uid, identity.gid) if same_user and identity.uid != 0 else None
+
+
+async def _boot_files(config: BoxConfig, identity: Identity, stack: contextlib.ExitStack) -> tuple[int, int]:
+    """Kernel and initramfs, checked and readable by `identity`."""
+    kernel = await asyncio.to_thread(inputs.reopenable, inputs.open_kernel(config.kernel_path), identity)
+    stack.callback(os.close, kernel)
+    initramfs = inputs.open_initramfs(config.initramfs_path)
+    initramfs = await asyncio.to_thread(inputs.reopenable, initramfs, identity)
+    stack.callback(os.close, initramfs)
+    inputs.check_guest_memory(config.resources.memory_mib, initramfs)
+    return kernel, initramfs
+
+
+async def prepare_template(
+    box_id: str,
+    config: BoxConfig,
+    directory: Path,
+    *,
+    accelerator: Accelerator,
+    transport: Transport,
+    cid: int,
+    identity: Identity,
+    into: Saved,
+    stack: contextlib.ExitStack,
+    note: Callable[[str], None] = lambda _phase: None,
+) -> MachinePlan:
+    """The plan of a machine that boots only to be saved: of `config`, kernel and resources count.
+
+    Raises:
+        InvalidInput: a kernel or initramfs that is missing or wrong.
+    """
+    kernel, initramfs = await _boot_files(config, identity, stack)
+    return MachinePlan(
+        box_id=box_id,
+        directory=directory,
+        config=dataclasses.replace(config, root_disk=None, disks=(), mounts=()),
+        accelerator=accelerator,
+        transport=transport,
+        cid=cid,
+        identity=identity,
+        kernel_fd=kernel,
+        initramfs_fd=initramfs,
+        into=into,
+        note=note,
+    )

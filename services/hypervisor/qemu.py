@@ -18,8 +18,9 @@ import grpc
 
 from services.common.errors import Internal, NotFound, Unavailable, VoidboxError
 from services.common.process import clean_env
-from services.hypervisor import claim, console, failure, layout, qmp
+from services.hypervisor import claim, console, failure, layout, qmp, saved
 from services.hypervisor.argv import (
+    SAVED_PORTS,
     VHOST_SOCKET,
     DiskDevice,
     MachineConfig,
@@ -28,14 +29,16 @@ from services.hypervisor.argv import (
     build_argv,
     kernel_command_line,
 )
-from services.hypervisor.driver import Machine, MachinePlan
+from services.hypervisor.driver import Machine, MachinePlan, NotRestored
 from services.hypervisor.failure import Remains
 from services.hypervisor.inputs import Identity, device_groups
 from services.hypervisor.model import Accelerator, BoxRecord, MountMode, Transport
+from services.hypervisor.monitor import Monitor
 from services.hypervisor.pidfd import Process
 from services.hypervisor.prepare import all_disks, disk_serial, share_tag
 from services.hypervisor.probe import KVM
 from services.hypervisor.programs import Programs
+from services.hypervisor.saved import Saved
 from services.hypervisor.shim_config import STATS, ExitRecord, ShimConfig
 
 # Python and QEMU start within 0.3 s on an idle host; a loaded one may need long.
@@ -48,7 +51,6 @@ KILL_SECONDS = 5.0
 _SHIM_TERM_SECONDS = 2.0
 # The guest may be slow to take a stream while it boots; calls have deadlines of their own.
 _CONNECT_SECONDS = 600.0
-_DEVICE_DIRECTORY = "device"
 _ORDERLY = ("exited", "terminated")
 _LOG_TAIL = 4000
 
@@ -94,7 +96,9 @@ class QemuMachine:
         self._directory = directory
         self._stack = contextlib.AsyncExitStack()
         self._shim: Process | None = None
-        self._qmp: qmp.QmpClient | None = None
+        self._monitor = Monitor()
+        self._vsock: VsockDevice | None = None
+        self._vsock_port = 0
         self._shutdown = ""
         self._watcher: asyncio.Task[None] | None = None
         self._directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -127,11 +131,29 @@ class QemuMachine:
             try:
                 async with asyncio.timeout(START_SECONDS):
                     self.vmm_pid = await _spawned_pid(ends.ready)
-                self._qmp = await self._stack.enter_async_context(
+                self._monitor.client = await self._stack.enter_async_context(
                     qmp.connect(ends.monitor, on_event=self._on_event, seconds=START_SECONDS)
                 )
+                plan.note("spawn")
+                if ends.state_fd is not None:
+                    await self._load(plan, ends.state_fd)
             except (TimeoutError, VoidboxError) as error:
-                raise await self._did_not_start(plan) from error
+                failed = await self._did_not_start(plan)
+                raise (failed if plan.saved is None else NotRestored(failed.message)) from error
+            if plan.saved is not None:
+                await self._plug(plan, ends.vsock)
+
+    async def _load(self, plan: MachinePlan, state_fd: int) -> None:
+        await self._monitor.load(state_fd)
+        plan.note("load")
+
+    async def _plug(self, plan: MachinePlan, vsock: VsockDevice) -> None:
+        """Give a restored machine what is its own, and let it go on."""
+        await self._monitor.plug_vsock(vsock, 0)
+        disks = _disk_devices(plan)[plan.restored_disks :]
+        await self._monitor.plug(disks, _share_devices(plan), plan.restored_disks)
+        await self._monitor.execute("cont")
+        plan.note("plug")
 
     def _endpoints(
         self,
@@ -161,9 +183,18 @@ class QemuMachine:
         config_read, config_write = os.pipe2(os.O_CLOEXEC)
         own(config_read)
         config_pipe = ours.enter_context(os.fdopen(config_write, "wb", buffering=0))
-        pass_fds = [plan.kernel_fd, plan.initramfs_fd, console_write, monitor_theirs.fileno(), adopt.fileno()]
-        pass_fds += [fd for pair in plan.disk_fds for fd in pair if fd is not None]
-        pass_fds += plan.mount_fds
+        pass_fds = [console_write, monitor_theirs.fileno(), adopt.fileno(), *plan.mount_fds]
+        pass_fds += [fd for fd in (plan.kernel_fd, plan.initramfs_fd) if fd is not None]
+        disks = _disk_devices(plan)[: plan.restored_disks if plan.saved else None]
+        pass_fds += [fd for disk in disks for fd in (disk.base_fd, disk.overlay_fd) if fd is not None]
+        memory_fd = state_fd = None
+        if plan.saved is not None:
+            memory_fd = plan.saved.memory_fd
+            state_fd = own(saved.reopened(plan.saved.devices_fd, os.O_RDONLY))
+            pass_fds += [memory_fd, state_fd]
+        elif plan.into is not None:
+            memory_fd = plan.into.memory_fd
+            pass_fds.append(memory_fd)
         vhost_listen: int | None = None
         if plan.transport is Transport.VHOST_USER:
             listener, device_fd = self._device_directory(plan.identity)
@@ -171,6 +202,8 @@ class QemuMachine:
         else:
             device_fd = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
         pass_fds.append(own(device_fd))
+        vsock = VsockDevice(transport=plan.transport, cid=plan.cid, fd=device_fd)
+        self._vsock = vsock
         machine = MachineConfig(
             program=programs.system,
             name=plan.box_id,
@@ -181,11 +214,14 @@ class QemuMachine:
             initramfs_fd=plan.initramfs_fd,
             command_line=kernel_command_line(plan.accelerator, plan.config.resources.vcpus),
             console_fd=console_write,
-            vsock=VsockDevice(transport=plan.transport, cid=plan.cid, fd=device_fd),
+            vsock=vsock,
             monitor_fd=monitor_theirs.fileno(),
             monitor_listen_fd=adopt.fileno(),
-            disks=_disk_devices(plan),
+            disks=disks,
             shares=_share_devices(plan),
+            memory_fd=memory_fd,
+            incoming=plan.saved is not None,
+            ports=1 if memory_fd is None else SAVED_PORTS,
         )
         drop = os.geteuid() == 0
         config = ShimConfig(
@@ -207,11 +243,11 @@ class QemuMachine:
             term_seconds=_SHIM_TERM_SECONDS,
             connect_seconds=_CONNECT_SECONDS,
         )
-        return _Endpoints(config, config_read, config_pipe, ready, monitor)
+        return _Endpoints(config, config_read, config_pipe, ready, monitor, vsock, state_fd)
 
     def _device_directory(self, identity: Identity) -> tuple[socket.socket, int]:
         """The vhost-user socket in a directory that the machine's user, and nobody else, can enter."""
-        path = self._directory / _DEVICE_DIRECTORY
+        path = self._directory / layout.DEVICE_DIRECTORY
         path.mkdir(mode=0o700)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         listener = _listen(fd, VHOST_SOCKET)
@@ -238,7 +274,9 @@ class QemuMachine:
         except OSError as error:
             connection.close()
             raise Unavailable(f"QEMU's monitor: {error.strerror}", reason="QMP_CLOSED") from error
-        self._qmp = await self._stack.enter_async_context(qmp.connect(connection, on_event=self._on_event))
+        self._monitor.client = await self._stack.enter_async_context(
+            qmp.connect(connection, on_event=self._on_event)
+        )
 
     # Living
 
@@ -257,37 +295,44 @@ class QemuMachine:
                     await vmm.wait(KILL_SECONDS)
                 finally:
                     vmm.close()
-        if self._qmp is not None:
+        if self._monitor.client is not None:
             with contextlib.suppress(TimeoutError):  # its last events say why it ended
                 async with asyncio.timeout(KILL_SECONDS):
-                    await self._qmp.closed.wait()
+                    await self._monitor.client.closed.wait()
         self.ended.set()
 
     def _on_event(self, event: qmp.Event) -> None:
         if event.name == "SHUTDOWN":
             self._shutdown = str(event.data.get("reason", ""))
+        self._monitor.on_event(event)
 
     def guest_channel(self) -> grpc.aio.Channel:
         """See `Machine.guest_channel`."""
         return claim.guest_channel(self._directory_fd, layout.GUEST_SOCKET)
 
-    async def _execute(self, command: str) -> object:
-        if self._qmp is None:
-            raise Unavailable("QEMU's monitor is closed", reason="QMP_CLOSED")
-        return await self._qmp.execute(command)
-
     async def pause(self) -> None:
         """See `Machine.pause`."""
-        await self._execute("stop")
+        await self._monitor.execute("stop")
 
     async def resume(self) -> None:
         """See `Machine.resume`."""
-        await self._execute("cont")
+        await self._monitor.execute("cont")
 
     async def paused(self) -> bool:
         """See `Machine.paused`."""
-        status = await self._execute("query-status")
+        status = await self._monitor.execute("query-status")
         return isinstance(status, dict) and status.get("status") == "paused"
+
+    async def save(self, into: Saved) -> None:
+        """See `Machine.save`."""
+        assert self._vsock is not None
+        await self._monitor.unplug_vsock(self._vsock_port, self._vsock.transport)
+        await self._monitor.execute("stop")
+        state = saved.reopened(into.devices_fd, os.O_WRONLY)
+        try:
+            await self._monitor.save(state)
+        finally:
+            os.close(state)
 
     # Ending
 
@@ -296,9 +341,9 @@ class QemuMachine:
         if self._shim is None:
             self.ended.set()
             return
-        if gently and self._qmp is not None:
+        if gently and self._monitor.client is not None:
             with contextlib.suppress(VoidboxError):
-                await self._qmp.execute("quit", seconds=QUIT_SECONDS)
+                await self._monitor.client.execute("quit", seconds=QUIT_SECONDS)
             await self._ends_within(QUIT_SECONDS)
         if gently and not self.ended.is_set():
             self._shim.send(signal.SIGTERM)
@@ -348,6 +393,8 @@ class _Endpoints:
     config_write: IO[bytes]
     ready: IO[bytes]
     monitor: socket.socket
+    vsock: VsockDevice
+    state_fd: int | None
 
 
 def _spawn_shim(config: ShimConfig, config_fd: int, log: IO[bytes]) -> int:

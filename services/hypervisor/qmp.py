@@ -158,7 +158,10 @@ class QmpClient:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         on_event: Callable[[Event], None] | None = None,
+        connection: socket.socket | None = None,
     ) -> None:
+        self._connection = connection
+        self._sending = asyncio.Lock()
         self._reader = reader
         self._writer = writer
         self._on_event = on_event
@@ -180,9 +183,20 @@ class QmpClient:
         await self.execute("qmp_capabilities", seconds=seconds)
 
     async def execute(
-        self, name: str, arguments: Mapping[str, Any] | None = None, *, seconds: float = COMMAND_SECONDS
+        self,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        seconds: float = COMMAND_SECONDS,
+        fd: int | None = None,
     ) -> Any:
         """Run a command and return its result.
+
+        Args:
+            name: The command.
+            arguments: Its arguments.
+            seconds: How long the answer may take.
+            fd: A descriptor that goes with it; QEMU gets a copy.
 
         Raises:
             QmpError: QEMU refused it.
@@ -196,9 +210,7 @@ class QmpClient:
         self.transcript.append(f"> {line.decode().strip()}")
         try:
             async with asyncio.timeout(seconds):
-                self._writer.write(line)
-                with contextlib.suppress(OSError):  # the reader notices the end and fails the future
-                    await self._writer.drain()
+                await self._send(line, fd)
                 result = await answer
         except TimeoutError as error:
             raise TimedOut(
@@ -209,6 +221,18 @@ class QmpClient:
         if isinstance(result, Failure):
             raise QmpError(name, result.error_class, result.description)
         return result.value
+
+    async def _send(self, line: bytes, fd: int | None) -> None:
+        async with self._sending:
+            with contextlib.suppress(OSError):  # the reader notices the end and fails the future
+                if fd is not None:
+                    if self._connection is None:
+                        raise Internal("this monitor takes no descriptors")
+                    # With the first byte; the stream's own buffer is empty, since each sender drains it.
+                    socket.send_fds(self._connection, [line[:1]], [fd])
+                    line = line[1:]
+                self._writer.write(line)
+                await self._writer.drain()
 
     async def _pump(self) -> None:
         why = "QEMU closed its monitor"
@@ -264,7 +288,9 @@ async def connect(
         Unavailable: QEMU ends before it greets.
     """
     reader, writer = await asyncio.open_unix_connection(sock=connection)
-    client = QmpClient(reader, writer, on_event)
+    # Whatever is written is gone once `drain` returns.
+    writer.transport.set_write_buffer_limits(0)
+    client = QmpClient(reader, writer, on_event, connection)
     try:
         await client._open(seconds)
         yield client

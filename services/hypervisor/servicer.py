@@ -138,20 +138,27 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
     async def BuildTemplate(
         self, request: pb.BuildTemplateRequest, context: Context
     ) -> pb.BuildTemplateResponse:
-        """Not built in this version."""
-        raise unsupported("template")
+        """Builds a template, if it is not there."""
+        seconds = DEFAULT_START_SECONDS
+        if request.HasField("start_timeout"):
+            seconds = convert.seconds(request.start_timeout, "start_timeout")
+        template = await self._registry.build_template(convert.read_config(request.config), seconds)
+        return pb.BuildTemplateResponse(template=convert.template(template))
 
     async def ListTemplates(
         self, request: pb.ListTemplatesRequest, context: Context
     ) -> pb.ListTemplatesResponse:
-        """Not built in this version."""
-        raise unsupported("template")
+        """Lists templates."""
+        templates = await self._registry.templates.all()
+        found, token = convert.page(templates, request.page_size, request.page_token)
+        return pb.ListTemplatesResponse(templates=map(convert.template, found), next_page_token=token)
 
     async def DeleteTemplate(
         self, request: pb.DeleteTemplateRequest, context: Context
     ) -> pb.DeleteTemplateResponse:
-        """Not built in this version."""
-        raise unsupported("template")
+        """Removes a template."""
+        await self._registry.templates.delete(request.template_id)
+        return pb.DeleteTemplateResponse()
 
     async def CreateSnapshot(
         self, request: pb.CreateSnapshotRequest, context: Context

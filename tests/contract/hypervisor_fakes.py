@@ -17,6 +17,7 @@ from services.hypervisor import claim, console, console_ring, layout
 from services.hypervisor.driver import Machine, MachinePlan
 from services.hypervisor.failure import Remains
 from services.hypervisor.model import BoxRecord
+from services.hypervisor.saved import Saved
 from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
 
 BOOT_ID = "6f1c9b1e-0000-4000-8000-000000000001"
@@ -109,6 +110,10 @@ class FakeMachine:
     async def paused(self) -> bool:
         return self._paused
 
+    async def save(self, into: Saved) -> None:
+        os.pwrite(into.devices_fd, b"fake devices", 0)
+        os.pwrite(into.memory_fd, b"fake memory", 4096)
+
     def end(self, remains: Remains) -> None:
         """Die, leaving `remains`."""
         self._end = remains
@@ -142,6 +147,7 @@ class FakeDriver:
     def __init__(self) -> None:
         self.machines: dict[str, FakeMachine] = {}
         self.plans: list[MachinePlan] = []
+        self.template_plans: list[MachinePlan] = []
         self.guest = FakeGuest
         self.refuse = False
 
@@ -151,13 +157,14 @@ class FakeDriver:
     async def start(self, plan: MachinePlan, on_spawned: Callable[[int, int], None]) -> Machine:
         if self.refuse:
             raise WrongState("the machine does not start", reason="BOOT_FAILED")
-        self.plans.append(plan)
+        (self.plans if plan.into is None else self.template_plans).append(plan)
         fd = console.create(plan.directory / layout.CONSOLE_FILE)
         console_ring.Writer(fd).append(b"hello from the console\n")
         os.close(fd)
         machine = FakeMachine(plan.directory, self.guest())  # type: ignore[abstract]
         on_spawned(0, 0)
         await machine.serve()
+        plan.note("spawn")
         self.machines[plan.box_id] = machine
         return machine
 

@@ -34,7 +34,7 @@ from voidbox.guest.v1 import guest_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 
 NOT_BUILT = {
-    "ForkBox", "UpdateBox", "BuildTemplate", "ListTemplates", "DeleteTemplate", "CreateSnapshot",
+    "ForkBox", "UpdateBox", "CreateSnapshot",
     "GetSnapshot", "ListSnapshots", "DeleteSnapshot", "CreateVolume", "ListVolumes", "DeleteVolume",
 }  # fmt: skip
 
@@ -77,17 +77,22 @@ async def service(tmp_path: Path) -> AsyncIterator[Harness]:
 
 async def create(service: Harness) -> None:
     box = await service.create("b", labels={"a": "1"}, env={"X": "y"})
-    assert (box.id, box.state, box.boot_id, box.origin) == ("b", pb.BOX_STATE_RUNNING, BOOT_ID, "boot")
+    assert (box.id, box.state, box.boot_id, box.origin) == ("b", pb.BOX_STATE_RUNNING, BOOT_ID, "template")
     assert box.config == service.config(
         labels={"a": "1"}, env={"X": "y"}, resources={"memory_mib": 64, "vcpus": 1}
     )
-    assert [phase.name for phase in box.phases] == ["queue", "prepare", "spawn", "boot"]
+    started = ["prepare", "spawn"]
+    template = ["template-spawn", "template-boot", "template-save"]
+    assert [phase.name for phase in box.phases] == ["queue", *template, *started, "claim"]
     assert box.create_time.ToNanoseconds() < box.ready_time.ToNanoseconds()
     claim = service.driver.machines["b"].guest.claims[0]
     assert (claim.box_id, claim.hostname, dict(claim.env)) == ("b", "b", {"X": "y"})
     assert (len(claim.secret), len(claim.machine_id), len(claim.entropy)) == (32, 16, 64)
     chosen = await service.create("")
     assert chosen.id.startswith("box-")
+    assert [phase.name for phase in chosen.phases] == ["queue", *started, "claim"]
+    cold = await service.create("cold", cold_boot=True)
+    assert (cold.origin, [phase.name for phase in cold.phases]) == ("boot", ["queue", *started, "boot"])
 
 
 async def get(service: Harness) -> None:
@@ -214,6 +219,47 @@ async def capabilities(service: Harness) -> None:
     assert "fork" in told.missing_features
 
 
+async def build_template(service: Harness) -> None:
+    request = pb.BuildTemplateRequest(config=service.config())
+    built = (await service.hypervisor.BuildTemplate(request, timeout=20)).template
+    assert built.kernel_path == str(service.kernel)
+    assert (built.resources.memory_mib, built.resources.vcpus) == (64, 1)
+    assert built.size_bytes > 0
+    again = (await service.hypervisor.BuildTemplate(request, timeout=20)).template
+    assert (again.id, again.create_time) == (built.id, built.create_time)
+    assert len(service.driver.template_plans) == 1
+    box = await service.create("b")
+    assert [phase.name for phase in box.phases] == ["queue", "prepare", "spawn", "claim"]
+    service.driver.refuse = True
+    request.config.resources.memory_mib = 128
+    assert isinstance(await refused(service.hypervisor.BuildTemplate(request, timeout=20)), WrongState)
+
+
+async def list_templates(service: Harness) -> None:
+    empty = await service.hypervisor.ListTemplates(pb.ListTemplatesRequest())
+    assert not empty.templates
+    for memory in (64, 65, 66):
+        config = service.config(resources={"memory_mib": memory})
+        await service.hypervisor.BuildTemplate(pb.BuildTemplateRequest(config=config), timeout=20)
+    first = await service.hypervisor.ListTemplates(pb.ListTemplatesRequest(page_size=2))
+    rest = await service.hypervisor.ListTemplates(
+        pb.ListTemplatesRequest(page_size=2, page_token=first.next_page_token)
+    )
+    assert [each.resources.memory_mib for each in (*first.templates, *rest.templates)] == [64, 65, 66]
+
+
+async def delete_template(service: Harness) -> None:
+    for name, kind in (("none", NotFound), ("../x", InvalidInput), ("", InvalidInput)):
+        call = service.hypervisor.DeleteTemplate(pb.DeleteTemplateRequest(template_id=name))
+        assert isinstance(await refused(call), kind)
+    request = pb.BuildTemplateRequest(config=service.config())
+    built = (await service.hypervisor.BuildTemplate(request, timeout=20)).template
+    await service.create("b")
+    await service.hypervisor.DeleteTemplate(pb.DeleteTemplateRequest(template_id=built.id))
+    assert not (await service.hypervisor.ListTemplates(pb.ListTemplatesRequest())).templates
+    assert (await service.get("b")).state == pb.BOX_STATE_RUNNING
+
+
 CASES: dict[str, Callable[[Harness], Awaitable[None]]] = {
     "GetCapabilities": capabilities,
     "CreateBox": create,
@@ -227,6 +273,9 @@ CASES: dict[str, Callable[[Harness], Awaitable[None]]] = {
     "GetBoxStats": stats,
     "ReadConsole": read_console,
     "ForwardPort": forward_port,
+    "BuildTemplate": build_template,
+    "ListTemplates": list_templates,
+    "DeleteTemplate": delete_template,
 }
 METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["HypervisorService"].methods]
 

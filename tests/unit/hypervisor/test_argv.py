@@ -54,8 +54,8 @@ GOLDEN = """/usr/bin/qemu-system-x86_64
 -mon chardev=adopt,mode=control
 -device pcie-root-port,id=port0,chassis=1,slot=1
 -object rng-builtin,id=entropy -device virtio-rng-pci,rng=entropy
--chardev socket,id=vsock,path=/dev/fd/15/vhost.sock
--device vhost-user-vsock-pci,id=vsock0,bus=port0,chardev=vsock
+-chardev socket,id=vsock0,path=/dev/fd/15/vhost.sock
+-device vhost-user-vsock-pci,id=vsock0,bus=port0,chardev=vsock0
 """
 
 

@@ -345,7 +345,7 @@ class GetGuestResponse(google.protobuf.message.Message):
     UPTIME_FIELD_NUMBER: builtins.int
     CLAIMED_FIELD_NUMBER: builtins.int
     boot_id: builtins.str
-    """The kernel's boot id."""
+    """The kernel's boot id; empty before the claim, since a restored kernel makes it up when it is first read."""
     kernel_release: builtins.str
     """The kernel release, as `uname -r`."""
     agent_version: builtins.str

@@ -274,6 +274,7 @@ class BoxConfig(google.protobuf.message.Message):
     IDLE_TIMEOUT_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     HOSTNAME_FIELD_NUMBER: builtins.int
+    COLD_BOOT_FIELD_NUMBER: builtins.int
     kernel_path: builtins.str
     """Absolute path of the kernel (vmlinux or bzImage) on the hypervisor's host."""
     initramfs_path: builtins.str
@@ -284,6 +285,8 @@ class BoxConfig(google.protobuf.message.Message):
     """Snapshot to start from instead of booting."""
     hostname: builtins.str
     """Host name. Empty means the box id."""
+    cold_boot: builtins.bool
+    """Whether the box boots by itself instead of being restored from a template."""
     @property
     def resources(self) -> voidbox.common.v1.common_pb2.Resources:
         """Memory, processors and disk."""
@@ -337,9 +340,10 @@ class BoxConfig(google.protobuf.message.Message):
         idle_timeout: google.protobuf.duration_pb2.Duration | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         hostname: builtins.str = ...,
+        cold_boot: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["egress", b"egress", "idle_timeout", b"idle_timeout", "max_lifetime", b"max_lifetime", "resources", b"resources", "root_disk", b"root_disk"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "disks", b"disks", "egress", b"egress", "env", b"env", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "cold_boot", b"cold_boot", "disks", b"disks", "egress", b"egress", "env", b"env", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
 
 global___BoxConfig = BoxConfig
 
@@ -1186,17 +1190,23 @@ class BuildTemplateRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CONFIG_FIELD_NUMBER: builtins.int
+    START_TIMEOUT_FIELD_NUMBER: builtins.int
     @property
     def config(self) -> global___BoxConfig:
-        """Kernel, initramfs and resources are used."""
+        """Kernel, initramfs, resources and accelerator are used."""
+
+    @property
+    def start_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the guest may take until its agent answers. Empty means 120 seconds."""
 
     def __init__(
         self,
         *,
         config: global___BoxConfig | None = ...,
+        start_timeout: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["config", b"config", "start_timeout", b"start_timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "start_timeout", b"start_timeout"]) -> None: ...
 
 global___BuildTemplateRequest = BuildTemplateRequest
 
