@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from services.common.errors import Corrupt
+
+_SHORT: Final = 32768
 
 
 class Truncated(Corrupt):
@@ -63,6 +66,19 @@ class ByteStream:
         if len(data) != length:
             raise Truncated(f"the stream ends {length - len(data)} bytes too early, at byte {self.position}")
         return data
+
+    def piece(self, length: int) -> bytes | memoryview | None:
+        """The next `length` bytes, if they came in one piece; else None, and nothing is read.
+
+        Long ones are not copied, short ones are: who keeps them must not keep a whole chunk for each.
+        """
+        at = self._at
+        end = at + length
+        if end > len(self._chunk):
+            return None
+        self._at = end
+        self.position += length
+        return self._chunk[at:end] if length <= _SHORT else memoryview(self._chunk)[at:end]
 
     def chunks(self, length: int) -> Iterator[bytes | memoryview]:
         """The next `length` bytes in pieces of whatever size they arrive in.

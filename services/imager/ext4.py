@@ -37,6 +37,9 @@ from services.imager.tree import Extent, Kind, Node, Tree
 
 WRITER_VERSION: Final = 1  # part of every cache key: raise it when the bytes of an image change
 _ZEROS: Final = bytes(BLOCK)
+_PADDING: Final = tuple(memoryview(_ZEROS)[used:] for used in range(BLOCK))  # of a block's last `used` bytes
+_GATHER_BYTES: Final = 1 << 20
+_GATHER_PIECES: Final = 1000  # less than IOV_MAX, 1024, with room for padding
 _PUNCH_HOLE: Final = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 _LEAF_BATCH: Final = 256  # directory blocks whose checksums are computed at once: 1 MiB
 
@@ -72,7 +75,23 @@ class Ext4Writer:
         self._uuid, self._hash_seed = uuid, hash_seed
         self._seed = crc32c(ALL_ONES, uuid)
         self._next = DATA_START
-        file.seek(DATA_START * BLOCK)
+        self._waiting: list[bytes | memoryview] = []
+        self._waiting_bytes = 0
+        file.flush()
+        os.lseek(file.fileno(), DATA_START * BLOCK, os.SEEK_SET)
+
+    def store_piece(self, data: bytes | memoryview) -> int:
+        """As `store`, of content that is in one piece, which must not change."""
+        length = len(data)
+        first = self._reserve(length)
+        waiting = self._waiting
+        waiting.append(data)
+        self._waiting_bytes += length
+        if length % BLOCK:
+            waiting.append(_PADDING[length % BLOCK])
+        if self._waiting_bytes >= _GATHER_BYTES or len(waiting) >= _GATHER_PIECES:
+            self._flush_data()
+        return first
 
     def store(self, chunks: Iterator[bytes | memoryview], length: int) -> int:
         """Write `length` bytes from `chunks` from a new block on; return that block's number.
@@ -81,17 +100,35 @@ class Ext4Writer:
             Exhausted: the image would pass the largest size.
             OSError: the disk is full or broken.
         """
-        first = self._next
-        blocks = -(-length // BLOCK)
-        if first + blocks > MAX_BLOCKS:
-            raise Exhausted("the image's files need more than 1 TiB", reason="IMAGE_TOO_LARGE")
-        write = self._file.write
+        first = self._reserve(length)
         for chunk in chunks:
-            write(chunk)
+            self._waiting.append(chunk)
+            self._waiting_bytes += len(chunk)
+            if self._waiting_bytes >= _GATHER_BYTES or len(self._waiting) >= _GATHER_PIECES:
+                self._flush_data()
         if length % BLOCK:
-            write(_ZEROS[length % BLOCK :])
-        self._next = first + blocks
+            self._waiting.append(_PADDING[length % BLOCK])
         return first
+
+    def _reserve(self, length: int) -> int:
+        """The number of the first of new blocks for `length` bytes."""
+        first = self._next
+        following = first + -(-length // BLOCK)
+        if following > MAX_BLOCKS:
+            raise Exhausted("the image's files need more than 1 TiB", reason="IMAGE_TOO_LARGE")
+        self._next = following
+        return first
+
+    def _flush_data(self) -> None:
+        """Write what waits, by one system call: files are mostly small."""
+        waiting, descriptor = self._waiting, self._file.fileno()
+        total = sum(map(len, waiting))
+        written = os.writev(descriptor, waiting)
+        while written < total:  # a full disk shows at the second call
+            rest = memoryview(b"".join(waiting))[written:]
+            waiting, total = [rest], len(rest)
+            written = os.writev(descriptor, waiting)
+        self._waiting, self._waiting_bytes = [], 0
 
     def finish(self, tree: Tree, *, size_bytes: int | None = None, free_bytes: int = 0) -> ImageSize:
         """Write all metadata of `tree`, which must not change afterwards.
@@ -104,6 +141,9 @@ class Ext4Writer:
         Raises:
             InvalidInput: `size_bytes` is too small, or the tree holds what ext4 cannot.
         """
+        if self._waiting:
+            self._flush_data()
+        self._file.seek(self._next * BLOCK)
         nodes = number_inodes(tree)
         data_end = self._next
         data = live_ranges(nodes)

@@ -39,6 +39,9 @@ class DataSink(Protocol):
     def store(self, chunks: Iterator[bytes | memoryview], length: int) -> int:
         """Write `length` bytes from `chunks` from a new block on and return its number."""
 
+    def store_piece(self, data: bytes | memoryview) -> int:
+        """As `store`, of content that is in one piece, which must not change."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSource:
@@ -152,7 +155,11 @@ class LayerMerger:
         node.size = entry.size
         if entry.sparse is None:
             if entry.size:
-                first = self._sink.store(self._checked(stream.chunks(entry.size)), entry.size)
+                data = stream.piece(entry.size)
+                if data is not None:
+                    first = self._sink.store_piece(data)
+                else:
+                    first = self._sink.store(self._checked(stream.chunks(entry.size)), entry.size)
                 node.extents = (Extent(0, first, -(-entry.size // BLOCK_SIZE)),)
             return
         node.extents = tuple(self._store_sparse(entry.sparse, stream))

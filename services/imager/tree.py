@@ -23,6 +23,8 @@ from services.common.errors import InvalidInput
 MAX_SYMLINKS: Final = 40  # the kernel's MAXSYMLINKS
 MAX_FOLLOWED: Final = 20_000_000  # components of link targets walked for one image: some seconds
 MAX_COMPONENT: Final = 255  # EXT4_NAME_LEN
+_NOT_NAMES: Final = (b"", b".", b"..")
+_REMEMBERED: Final = 4096  # directories whose paths are kept
 _WHITEOUT: Final = b".wh."
 _META: Final = b".wh..wh."
 _OPAQUE: Final = b".wh..wh..opq"
@@ -101,12 +103,15 @@ class Tree:
         self.root = implied_directory()
         self._added: set[tuple[int, bytes]] = set()  # (id of directory, name) that this layer brought
         self._cleared: set[int] = set()  # ids of directories that hold nothing of lower layers any more
+        # Where what is before the last slash of a path leads, until anything on the way may have changed.
+        self._found: dict[bytes, Node] = {}
         self._followed = 0
         self._kept: list[Node] = []  # keeps replaced directories alive, so that no id is used twice
 
     def begin_layer(self) -> None:
         """What comes from now on belongs to the next layer."""
         self._added.clear()
+        self._found.clear()
         self._cleared.clear()
         self._kept.clear()
 
@@ -118,6 +123,7 @@ class Tree:
         """
         if _WHITEOUT not in path:
             return False
+        self._found.clear()
         parts = split_path(path)
         if not parts or not any(part.startswith(_WHITEOUT) for part in parts):
             return False
@@ -144,15 +150,25 @@ class Tree:
         Raises:
             InvalidInput: the path breaks a rule.
         """
-        parts = split_path(path)
-        if not parts:
-            if node.kind is not Kind.DIRECTORY:
-                raise InvalidInput("the root of an image must be a directory")
-            self.root.take_metadata(node)
-            return
-        *parents, name = parts
-        directory = self._directory(parents, create=True)
-        assert directory is not None
+        above, slash, name = path.rpartition(b"/")
+        if slash and not name:
+            above, _, name = above.rpartition(b"/")
+        plain = name not in _NOT_NAMES and len(name) <= MAX_COMPONENT and b"\0" not in name
+        directory = self._found.get(above) if plain else None
+        if directory is None:
+            parts = split_path(path)
+            if not parts:
+                if node.kind is not Kind.DIRECTORY:
+                    raise InvalidInput("the root of an image must be a directory")
+                self.root.take_metadata(node)
+                return
+            *parents, name = parts
+            directory = self._directory(parents, create=True)
+            assert directory is not None
+            if plain:
+                if len(self._found) >= _REMEMBERED:
+                    self._found.clear()
+                self._found[above] = directory
         self._put(directory, name, node)
 
     def link(self, path: bytes, target: bytes) -> bool:
@@ -181,6 +197,9 @@ class Tree:
                 self._added.add((id(directory), name))
                 return
             self._kept.append(present)
+            self._found.clear()
+        elif present is not None and present.kind is Kind.SYMLINK:
+            self._found.clear()
         directory.children[name] = node
         self._added.add((id(directory), name))
 

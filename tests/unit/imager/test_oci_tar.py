@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import Corrupt, InvalidInput, VoidboxError
+from services.imager import tarstream
 from services.imager.bytestream import ByteStream, Truncated
 from services.imager.tarstream import BLOCK, TarEntry, read_tar
 from tests.imager_images import Item, directory, hardlink, make_tar, symlink
@@ -30,6 +31,9 @@ def read(data: bytes, size: int = 1 << 16) -> list[tuple[TarEntry, bytes]]:
     ]
 
 
+# Beginning, middle and end of every field of a header.
+HEADER_PLACES = [0, 50, 99, 100, 106, 107, 108, 115, 116, 123, 124, 134, 135, 136, 147, 148, 154, 155, 156,
+                 157, 200, 256, 257, 262, 263, 265, 329, 337, 345, 400, 499, 500, 511]  # fmt: skip
 ITEMS = [
     directory(b"dir"),
     Item(name=b"dir/file", data=b"contents" * 1000, mode=0o4711, uid=123, gid=456),
@@ -207,6 +211,29 @@ def test_any_mutation_of_a_sound_archive_is_read_or_refused(data: st.DataObject)
         read(bytes(archive))
     except VoidboxError:
         return
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_the_quick_way_through_a_header_says_what_the_careful_way_says(data: st.DataObject) -> None:
+    header = bytearray(make_tar([data.draw(st.sampled_from(ITEMS[:1] + ITEMS[3:]))])[:BLOCK])
+    for at in data.draw(st.lists(st.sampled_from(HEADER_PLACES), max_size=3)):
+        header[at] = data.draw(st.sampled_from(b"\0 07891aA/\x80\xff-+_"))
+    if data.draw(st.booleans()):
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    archive = bytes(header) + bytes(3 * BLOCK)
+
+    def outcome() -> object:
+        try:
+            return [entry for entry, _ in read(archive)]
+        except VoidboxError as error:
+            return type(error), error.message
+
+    quick = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tarstream, "_plain_entry", lambda *_: None)
+        assert outcome() == quick
 
 
 def test_python_and_we_agree_on_a_real_tree(tmp_path: object) -> None:
