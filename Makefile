@@ -14,7 +14,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 # A package may be followed by :program; having that program is enough.
 RUN_PACKAGES := python3-venv ca-certificates qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img
 COMPOSE_PACKAGES := docker.io:dockerd docker-compose debootstrap
-TEST_PACKAGES := $(RUN_PACKAGES) e2fsprogs git docker-registry umoci skopeo buildah openssl busybox-static:busybox nodejs:node npm:npm
+TEST_PACKAGES := $(RUN_PACKAGES) cpio e2fsprogs git lz4 zstd docker-registry umoci skopeo buildah openssl busybox-static:busybox nodejs:node npm:npm
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16

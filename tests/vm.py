@@ -28,7 +28,7 @@ from services.common.paths import Paths
 from services.common.supervision import FD_VARIABLE, READY
 from services.hypervisor import console
 from services.hypervisor.layout import Layout
-from services.imager.guest_image import GuestImage, load_guest_image
+from services.imager.guest_store import GuestImage, load_guest_image
 from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
 from voidbox.hypervisor.v1 import hypervisor_pb2, hypervisor_pb2_grpc
 

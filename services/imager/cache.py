@@ -3,6 +3,7 @@
     blobs/sha256/<hex>   manifests, configs, layers, as their digests name them
     refs/<hex>.json      one reference on one platform: which manifest, since when
     disks/<hex>.ext4     one disk, with <hex>.json beside it
+    agents/<hex>.ext4    the disk of an agent's program, likewise
     tmp/                 what is being written, each file locked by its writer
     locks/               flock(2) files
 
@@ -45,7 +46,7 @@ class ImageCache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("blobs/sha256", "refs", "disks", "tmp", "locks"):
+        for name in ("blobs/sha256", "refs", "disks", "agents", "tmp", "locks"):
             (root / name).mkdir(parents=True, exist_ok=True)
         self._sweep()
 
@@ -83,7 +84,7 @@ class ImageCache:
         return data
 
     def read_record(self, kind: str, key: str) -> dict[str, Any] | None:
-        """A JSON record of `refs` or `disks`; None if there is none or it cannot be read."""
+        """A JSON record of `refs`, `disks` or `agents`; None if there is none or it cannot be read."""
         try:
             value = json.loads((self.root / kind / f"{key}.json").read_bytes())
         except FileNotFoundError:
@@ -126,6 +127,22 @@ class ImageCache:
             temporary.unlink(missing_ok=True)
             raise
         _sync_directory(final.parent)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[BinaryIO]:
+        """A file without a name for reading and writing, gone when the block ends.
+
+        Raises:
+            Exhausted: the disk is full.
+        """
+        handle, name = self._temporary()
+        Path(name).unlink()
+        with disk_errors(self.root / "tmp"), os.fdopen(handle, "w+b", buffering=_BUFFER) as file:
+            try:
+                yield file
+            except BaseException:
+                _drop_buffer(file)
+                raise
 
     def _temporary(self) -> tuple[int, str]:
         with self._sweep_lock(fcntl.LOCK_SH):

@@ -9,11 +9,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common.errors import InvalidInput
 from services.imager.disk import DEFAULT_FREE_MIB, Disk
+from services.imager.export import ExportFormat
 from services.imager.guest_choice import GuestChoice
 from services.imager.images import CachedImage
 from services.imager.manifest import Platform, host_default
 from services.imager.progress import Progress
 from services.imager.pull import PullPolicy
+from services.imager.verify import Damage
 from voidbox.common.v1 import common_pb2
 from voidbox.imager.v1 import imager_pb2
 
@@ -22,6 +24,11 @@ _POLICIES: Final = {
     imager_pb2.PULL_POLICY_ALWAYS: PullPolicy.ALWAYS,
     imager_pb2.PULL_POLICY_MISSING: PullPolicy.MISSING,
     imager_pb2.PULL_POLICY_NEVER: PullPolicy.NEVER,
+}
+_FORMATS: Final = {
+    imager_pb2.EXPORT_FORMAT_EXT4: ExportFormat.EXT4,
+    imager_pb2.EXPORT_FORMAT_TAR: ExportFormat.TAR,
+    imager_pb2.EXPORT_FORMAT_INITRAMFS: ExportFormat.INITRAMFS,
 }
 
 
@@ -59,6 +66,31 @@ def wants_slim_kernel(value: int) -> bool:
     if value not in imager_pb2.KernelFlavor.values():
         raise InvalidInput(f"{value} is no kernel flavor", reason="BAD_KERNEL_FLAVOR")
     return value == imager_pb2.KERNEL_FLAVOR_SLIM
+
+
+def format_from(value: int) -> ExportFormat:
+    """What an image is exported as.
+
+    Raises:
+        InvalidInput: no format is named, or an unknown number.
+    """
+    if value not in _FORMATS:
+        raise InvalidInput("name a format: ext4, tar or initramfs", reason="BAD_FORMAT")
+    return _FORMATS[value]  # type: ignore[index]
+
+
+def piece_to(part: bytes | int) -> imager_pb2.ExportImageResponse:
+    """Data, or the length of a hole."""
+    if isinstance(part, int):
+        return imager_pb2.ExportImageResponse(zeros=part)
+    return imager_pb2.ExportImageResponse(data=part)
+
+
+def damage_to(damage: Damage) -> imager_pb2.DamagedContent:
+    """A damaged piece of the cache."""
+    return imager_pb2.DamagedContent(
+        kind=damage.kind, digest=damage.digest, path=str(damage.path), removed=damage.removed
+    )
 
 
 def seconds_from(message: Duration) -> float:

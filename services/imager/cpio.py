@@ -76,8 +76,7 @@ def write_archive(entries: Iterable[Entry], out: BinaryIO) -> int:
     size = 0
     for inode, entry in enumerate(_complete(entries), start=1):
         size += _write_entry(entry, inode, out)
-    size += _write_header(Entry(name=_TRAILER, mode=0), 0, 0, out)
-    return size
+    return size + out.write(pack_trailer())
 
 
 def _complete(entries: Iterable[Entry]) -> list[Entry]:
@@ -116,22 +115,52 @@ def _check(entry: Entry) -> None:
             raise InvalidInput(f"{name}: {value} does not fit its field", reason="OUT_OF_RANGE", path=name)
 
 
+def pack_header(
+    name: bytes,
+    *,
+    inode: int,
+    mode: int,
+    uid: int = 0,
+    gid: int = 0,
+    links: int = 1,
+    mtime: int = 0,
+    size: int = 0,
+    device: tuple[int, int] = (0, 0),
+) -> bytes:
+    """The header of one entry with its name, padded; `size` bytes of content follow, padded too."""
+    fields = (inode, mode, uid, gid, links, mtime, size, 0, 0, *device, len(name) + 1, 0)
+    header = _MAGIC + b"".join(b"%08X" % field for field in fields) + name + b"\0"
+    return header + padding(len(header))
+
+
+def pack_trailer() -> bytes:
+    """The entry that ends an archive."""
+    return pack_header(_TRAILER.encode(), inode=0, mode=0)
+
+
 def _write_header(entry: Entry, inode: int, size: int, out: BinaryIO) -> int:
-    name = entry.name.encode() + b"\0"
-    links = 2 if stat.S_ISDIR(entry.mode) else 1
-    fields = (inode, entry.mode, entry.uid, entry.gid, links, 0, size, 0, 0, *entry.device, len(name), 0)
-    header = _MAGIC + b"".join(b"%08X" % field for field in fields) + name
-    return out.write(header + _padding(len(header)))
+    header = pack_header(
+        entry.name.encode(),
+        inode=inode,
+        mode=entry.mode,
+        uid=entry.uid,
+        gid=entry.gid,
+        links=2 if stat.S_ISDIR(entry.mode) else 1,
+        size=size,
+        device=entry.device,
+    )
+    return out.write(header)
 
 
-def _padding(size: int) -> bytes:
+def padding(size: int) -> bytes:
+    """What fills `size` bytes up to a whole number of words of four."""
     return bytes(-size % 4)
 
 
 def _write_entry(entry: Entry, inode: int, out: BinaryIO) -> int:
     if not isinstance(entry.content, Path):
         size = _write_header(entry, inode, _checked_size(entry, len(entry.content)), out)
-        return size + out.write(entry.content) + out.write(_padding(len(entry.content)))
+        return size + out.write(entry.content) + out.write(padding(len(entry.content)))
     with entry.content.open("rb") as source:
         expected = source.seek(0, 2)
         source.seek(0)
@@ -141,7 +170,7 @@ def _write_entry(entry: Entry, inode: int, out: BinaryIO) -> int:
             copied += out.write(chunk)
     if copied != expected:
         raise Corrupt(f"{entry.content} changed while it was read", reason="FILE_CHANGED", path=entry.content)
-    return size + copied + out.write(_padding(copied))
+    return size + copied + out.write(padding(copied))
 
 
 def _checked_size(entry: Entry, size: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from services.common.errors import InvalidInput, NotBuilt, NotFound
-from services.imager.guest_image import load_guest_image
+from services.imager.guest_store import load_guest_image
 from services.imager.reference import is_digest, parse_reference
 
 _CURE: Final = "type `make guest` or `voidbox image build-guest`"

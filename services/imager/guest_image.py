@@ -16,20 +16,18 @@ import asyncio
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from services.common.errors import Corrupt, InvalidInput, NotFound, VoidboxError
+from services.common.errors import VoidboxError
 from services.common.paths import Paths, private_dir
 from services.imager import cpio
 from services.imager.bytecode import Interpreter, compile_sources
-from services.imager.debian import Debian, Package, sync, sync_tree
+from services.imager.debian import Debian, Package, sync_tree
 from services.imager.guest_kernel import (
     Flavor,
     GuestKernel,
@@ -49,6 +47,16 @@ from services.imager.guest_python import (
     sourceless,
     stdlib_files,
     wheel_files,
+)
+from services.imager.guest_store import (
+    SCRATCH,
+    GuestImage,
+    file_sha256,
+    image_digest,
+    link_or_copy,
+    load_guest_image,
+    settle,
+    take_over,
 )
 from services.imager.lock import locked
 from services.imager.progress import Progress, Report, silent
@@ -72,42 +80,6 @@ PACKAGES = (
     "python3.11-minimal",
     "zlib1g",
 )
-# Images kept besides the default one: boxes that are about to start may still name them.
-_KEPT = 4
-_SCRATCH = "build-"
-_HEX = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuestImage:
-    """One built image.
-
-    Attributes:
-        digest: "sha256:" and 64 hex digits, over kernel and initramfs.
-        directory: Holds the three files.
-        release: The kernel's `uname -r`.
-        flavor: "debian", "slim" or "file".
-    """
-
-    digest: str
-    directory: Path
-    release: str
-    flavor: str
-
-    @property
-    def kernel(self) -> Path:
-        """The uncompressed kernel."""
-        return self.directory / "vmlinux"
-
-    @property
-    def initramfs(self) -> Path:
-        """The root file system, an uncompressed cpio archive."""
-        return self.directory / "initramfs.cpio"
-
-    @property
-    def manifest(self) -> Path:
-        """What it was made from, as JSON."""
-        return self.directory / "manifest.json"
 
 
 async def build_guest_image(
@@ -142,57 +114,8 @@ async def build_guest_image(
     async with locked(home / "lock"):
         builder = _Builder(cache, source or project_root(), env or {}, progress)
         image = await builder.build(kernel, refresh=refresh)
-        await asyncio.to_thread(builder.settle, image, make_default=make_default)
+        await asyncio.to_thread(settle, cache, image, make_default=make_default)
         return image
-
-
-def load_guest_image(cache: Path, name: str = "default") -> GuestImage:
-    """The image called `name`: "default", or a digest with or without "sha256:".
-
-    Raises:
-        NotFound: there is none.
-        Corrupt: its files are not as its manifest says.
-    """
-    plain = name.removeprefix("sha256:")
-    if plain != "default" and not _HEX.fullmatch(plain):
-        raise InvalidInput(f"{name!r} is not the digest of a guest image", reason="BAD_DIGEST")
-    try:
-        directory = (cache / "guest" / plain).resolve(strict=True)
-        manifest = json.loads((directory / "manifest.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise NotFound(
-            f"there is no guest image {name} in {cache / 'guest'}; type `make guest` to build the default",
-            reason="NO_GUEST_IMAGE",
-        ) from error
-    try:
-        image = GuestImage(
-            digest=manifest["digest"],
-            directory=directory,
-            release=manifest["kernel"]["release"],
-            flavor=manifest["kernel"]["flavor"],
-        )
-        sizes = {image.kernel: manifest["kernel"]["size"], image.initramfs: manifest["initramfs"]["size"]}
-        whole = all(path.stat().st_size == size for path, size in sizes.items())
-    except (OSError, KeyError, TypeError) as error:
-        raise Corrupt(
-            f"{directory} is damaged; remove it and build again", reason="BAD_GUEST_IMAGE"
-        ) from error
-    if not whole or image.digest != f"sha256:{directory.name}":
-        raise Corrupt(f"{directory} is damaged; remove it and build again", reason="BAD_GUEST_IMAGE")
-    return image
-
-
-def verify_guest_image(image: GuestImage) -> None:
-    """Read the whole image and compare it with its digest.
-
-    Raises:
-        Corrupt: it is another content.
-    """
-    if _image_digest(_file_sha256(image.kernel), _file_sha256(image.initramfs)) != image.digest:
-        raise Corrupt(
-            f"{image.directory} does not match its digest; remove it and build again",
-            reason="BAD_GUEST_IMAGE",
-        )
 
 
 class _Builder:
@@ -217,7 +140,7 @@ class _Builder:
         described = [
             (name, mode, hashlib.sha256(content).hexdigest()) for name, (mode, content) in project.items()
         ]
-        modules = await asyncio.to_thread(_file_sha256, prepared.modules)
+        modules = await asyncio.to_thread(file_sha256, prepared.modules)
         key = _fingerprint(base_key, prepared.sha256, modules, described)
         if (built := await asyncio.to_thread(self._built, key)) is not None:
             return built
@@ -238,7 +161,7 @@ class _Builder:
 
     def _sweep(self) -> None:
         """Remove what a killed build left; nobody else builds while the lock is held."""
-        leavings = [self._home.glob(f"{_SCRATCH}*"), (self._cache / "debian/trees").glob("unpack-*")]
+        leavings = [self._home.glob(f"{SCRATCH}*"), (self._cache / "debian/trees").glob("unpack-*")]
         leavings += [
             (self._cache / "kernel").glob(name) for name in ("unpack-*", "debian-save-*", "file-save-*")
         ]
@@ -255,16 +178,6 @@ class _Builder:
             return load_guest_image(self._cache, digest)
         except (OSError, VoidboxError):
             return None
-
-    def settle(self, image: GuestImage, *, make_default: bool) -> None:
-        """Mark `image` as just used, name it the default if wanted, and remove old ones."""
-        os.utime(image.directory)
-        if make_default:
-            link = self._home / f"{_SCRATCH}default"
-            link.unlink(missing_ok=True)
-            link.symlink_to(image.directory.name)
-            link.rename(self._home / "default")
-        self._prune()
 
     async def _base(self, key: str, trees: Sequence[Path], wheels: Sequence[Wheel]) -> list[cpio.Entry]:
         """Everything but kernel modules and this project's files, kept as an archive by `key`."""
@@ -320,7 +233,7 @@ class _Builder:
         packages: Sequence[Package],
         wheels: Sequence[Wheel],
     ) -> GuestImage:
-        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self._home))
+        scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self._home))
         try:
             scratch.chmod(0o755)
             # Not compressed: by instructions until the agent's libraries are imported (QEMU -icount,
@@ -328,9 +241,9 @@ class _Builder:
             # (29 MB) is needed only while the archive is unpacked, and free again afterwards.
             with (scratch / "initramfs.cpio").open("wb") as out:
                 size = cpio.write_archive([*entries, *cpio.read_archive(kernel.modules.read_bytes())], out)
-            _link_or_copy(kernel.vmlinux, scratch / "vmlinux")
-            initramfs = _file_sha256(scratch / "initramfs.cpio")
-            digest = _image_digest(kernel.sha256, initramfs)
+            link_or_copy(kernel.vmlinux, scratch / "vmlinux")
+            initramfs = file_sha256(scratch / "initramfs.cpio")
+            digest = image_digest(kernel.sha256, initramfs)
             manifest = {
                 "digest": digest,
                 "kernel": {
@@ -345,37 +258,11 @@ class _Builder:
             }
             (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             sync_tree(scratch)
-            self._take_over(scratch, digest)
+            image = take_over(self._cache, scratch, digest)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        sync(self._home)
-        image = load_guest_image(self._cache, digest)
         _write_text(self._home / "inputs" / key, digest)
         return image
-
-    def _take_over(self, scratch: Path, digest: str) -> None:
-        """Give a finished directory its name, unless other inputs gave the same bytes before.
-
-        Boxes may be starting from that one, so it is not replaced by its equal.
-        """
-        final = self._home / digest.removeprefix("sha256:")
-        try:
-            verify_guest_image(load_guest_image(self._cache, digest))
-        except VoidboxError:
-            if final.exists():
-                shutil.rmtree(final)
-            scratch.rename(final)
-
-    def _prune(self) -> None:
-        """Remove all but the last few images, and what older builders kept."""
-        default = (self._home / "default").resolve()
-        images = [path for path in self._home.iterdir() if _HEX.fullmatch(path.name) and path != default]
-        for path in _newest_first(images)[_KEPT:]:
-            shutil.rmtree(path, ignore_errors=True)
-        for path in _newest_first((self._home / "base").glob("*.cpio"))[2:]:
-            path.unlink(missing_ok=True)
-        for path in _newest_first((self._home / "inputs").glob("*"))[100:]:
-            path.unlink(missing_ok=True)
 
 
 def _interpreter(tree: Mapping[str, Path]) -> Interpreter:
@@ -390,14 +277,10 @@ def _interpreter(tree: Mapping[str, Path]) -> Interpreter:
     )
 
 
-def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
 def _builder_sources() -> list[str]:
     """Digests of the code that decides what the image holds, so that a change builds anew."""
     names = ("bytecode", "cpio", "guest_image", "guest_project", "guest_python", "rootfs", "wheels")
-    return [_file_sha256(Path(__file__).with_name(f"{name}.py")) for name in names]
+    return [file_sha256(Path(__file__).with_name(f"{name}.py")) for name in names]
 
 
 def _write_base(kept: Path, entries: Sequence[cpio.Entry]) -> None:
@@ -417,29 +300,12 @@ def _write_text(path: Path, text: str) -> None:
     scratch.rename(path)
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
-
-
 def _described(thing: Package | Wheel) -> dict[str, str]:
     return {"name": thing.name, "version": thing.version, "sha256": thing.sha256}
 
 
 def _fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
-
-
-def _image_digest(kernel_sha256: str, initramfs_sha256: str) -> str:
-    text = f"voidbox guest image\nkernel sha256:{kernel_sha256}\ninitramfs sha256:{initramfs_sha256}\n"
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,6 +40,10 @@ class Jobs:
         """The result of `work`, which is short, in a thread; cancelling the task cancels the work."""
         return await self._run(self._short, work)
 
+    async def run_long(self, work: Callable[[Cancel], Result]) -> Result:
+        """The result of `work`, which takes its time, as `run`."""
+        return await self._run(self._long, work)
+
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[[Cancel], Result]) -> Result:
         cancel = Cancel()
         self._running.add(cancel)

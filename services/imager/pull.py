@@ -37,6 +37,16 @@ class ImageStore:
         self._settings = settings
         self._limits = limits or Limits()
 
+    @property
+    def limits(self) -> Limits:
+        """What is refused."""
+        return self._limits
+
+    @property
+    def settings(self) -> RegistrySettings:
+        """How registries are talked to."""
+        return self._settings
+
     def pull(
         self,
         reference: str,

@@ -7,23 +7,26 @@ import contextlib
 import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from services.common.errors import InvalidInput, NotBuilt
 from services.imager import convert
+from services.imager.compression import compression_from
 from services.imager.disk import Disk
+from services.imager.export import PIECE, Export, pieces
 from services.imager.guest_choice import GuestChoice, Wish, choose_guest
 from services.imager.guest_image import build_guest_image
 from services.imager.images import CachedImage
 from services.imager.jobs import Jobs
 from services.imager.limits import Cancel
+from services.imager.outflow import outflow
 from services.imager.progress import Progress, Report
 from services.imager.prune import Housekeeper
 from services.imager.pull import ImageStore
+from services.imager.verify import Verifier
 from voidbox.imager.v1 import imager_pb2, imager_pb2_grpc
 
 Context = Any
-_CHUNK: Final = 64 << 10
 _MAX_PAGE: Final = 1000
 _DEFAULT_PAGE: Final = 100
 _TOKEN: Final = re.compile(r"[0-9]{1,9}")
@@ -45,6 +48,7 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
     ) -> None:
         self._store = store
         self._keeper = Housekeeper(store.catalog)
+        self._verifier = Verifier(store.catalog, cache, store.limits)
         self._jobs = jobs
         self._cache = cache
         self._environment = environment
@@ -127,31 +131,31 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
     async def VerifyImage(
         self, request: imager_pb2.VerifyImageRequest, context: Context
     ) -> imager_pb2.VerifyImageResponse:
-        checked, damaged = await self._jobs.run(lambda cancel: self._keeper.verify(request.reference, cancel))
-        return imager_pb2.VerifyImageResponse(checked=checked, damaged=damaged)
+        checked, found = await self._jobs.run_long(
+            lambda cancel: self._verifier.verify(request.reference, repair=request.repair, cancel=cancel)
+        )
+        return imager_pb2.VerifyImageResponse(
+            checked=checked,
+            damaged=[damage.digest for damage in found],
+            problems=[convert.damage_to(damage) for damage in found],
+        )
 
     async def ExportImage(
         self, request: imager_pb2.ExportImageRequest, context: Context
     ) -> AsyncIterator[imager_pb2.ExportImageResponse]:
-        if request.format not in (
-            imager_pb2.EXPORT_FORMAT_EXT4,
-            imager_pb2.EXPORT_FORMAT_TAR,
-            imager_pb2.EXPORT_FORMAT_INITRAMFS,
-        ):
-            raise InvalidInput("name a format: ext4, tar or initramfs", reason="BAD_FORMAT")
-        if request.compression not in ("", "none", "gzip", "zstd", "lz4"):
-            raise InvalidInput(f"{request.compression!r} is no compression", reason="BAD_FORMAT")
-        if request.format != imager_pb2.EXPORT_FORMAT_EXT4 or request.compression not in ("", "none"):
-            raise NotBuilt("only uncompressed ext4 is exported in this version")
-
-        def build(cancel: Cancel) -> Any:
-            disk = self._store.disk(self._store.catalog.get(request.reference), cancel=cancel)
-            return disk.path.open("rb")
-
-        file = await self._jobs.run(build)
-        with file:
-            while data := await self._jobs.run(lambda _: cast("bytes", file.read(_CHUNK))):
-                yield imager_pb2.ExportImageResponse(data=data)
+        format_ = convert.format_from(request.format)
+        compression = compression_from(request.compression)
+        image = await self._jobs.run(lambda _: self._store.catalog.get(request.reference))
+        export = Export(store=self._store, image=image, format=format_, compression=compression)
+        if not export.is_plain_disk:
+            async with contextlib.aclosing(outflow(self._jobs, export.write, PIECE)) as flow:
+                async for data in flow:
+                    yield imager_pb2.ExportImageResponse(data=data)
+            return
+        with await self._jobs.run_long(export.open_disk) as disk:
+            parts = pieces(disk)
+            while (part := await self._jobs.run(lambda _: next(parts, None))) is not None:
+                yield convert.piece_to(part)
 
     async def BuildGuestImage(
         self, request: imager_pb2.BuildGuestImageRequest, context: Context

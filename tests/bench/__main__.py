@@ -22,7 +22,8 @@ from rich.table import Table
 
 from services.common.errors import VoidboxError
 from services.common.paths import Paths
-from services.imager.guest_image import GuestImage, build_guest_image, load_guest_image
+from services.imager.guest_image import build_guest_image
+from services.imager.guest_store import GuestImage, load_guest_image
 from tests.bench import floor
 from tests.vm import Client, HypervisorProcess
 

@@ -6,9 +6,12 @@ The cache is real and the images are OCI layouts; only the guest image's build h
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
+import io
 import json
 import os
+import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -241,43 +244,129 @@ async def test_prune_removes_what_is_old_or_too_much_and_keeps_shared_layers(
         await imager.one(prune(pb.PruneImagesRequest(max_size_bytes=-1)))
 
 
-async def test_verify_finds_and_removes_damage_and_the_next_pull_repairs_it(imager: Imager) -> None:
+def flip(path: Path, at: int) -> None:
+    """Damage one byte, as a bad disk does: the length stays."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+async def test_verify_reports_damage_and_with_repair_removes_it_for_the_next_pull(imager: Imager) -> None:
     image = await imager.pull()
     verify = pb.VerifyImageRequest(reference=image.reference)
     sound = await imager.one(imager.stub.VerifyImage(verify))
     assert (sound.checked, list(sound.damaged)) == (3, [])
     digest = image.layers[0].digest.value
     blob = imager.cache / "images/blobs/sha256" / digest.removeprefix("sha256:")
-    data = bytearray(blob.read_bytes())
-    data[100] ^= 1
-    blob.write_bytes(data)
-    found = await imager.one(imager.stub.VerifyImage(verify))
-    assert list(found.damaged) == [digest]
+    flip(blob, 100)
+    for _ in range(2):  # asking changes nothing
+        found = await imager.one(imager.stub.VerifyImage(verify))
+        assert list(found.damaged) == [digest]
+        [problem] = found.problems
+        assert (problem.kind, problem.digest, problem.path) == ("blob", digest, str(blob))
+        assert not problem.removed
+    repair = pb.VerifyImageRequest(reference=image.reference, repair=True)
+    found = await imager.one(imager.stub.VerifyImage(repair))
+    assert [problem.removed for problem in found.problems] == [True]
     with pytest.raises(NotFound):
         await imager.one(imager.stub.GetImage(pb.GetImageRequest(reference=image.reference)))
     assert (await imager.pull()).digest == image.digest
     assert list((await imager.one(imager.stub.VerifyImage(verify))).damaged) == []
 
 
-async def test_export_streams_the_ext4_file(imager: Imager, tmp_path: Path) -> None:
-    image = await imager.pull()
-    request = pb.ExportImageRequest(reference=image.reference, format=pb.EXPORT_FORMAT_EXT4)
-    digest, count = hashlib.sha256(), 0
-    async for message in imager.stub.ExportImage(request):
+async def test_verify_writes_disks_again_and_finds_one_changed_bit(imager: Imager) -> None:
+    disk = (await imager.all(imager.stub.BuildDisk(pb.BuildDiskRequest(reference=imager.reference))))[-1].disk
+    everything = pb.VerifyImageRequest(repair=True)
+    sound = await imager.one(imager.stub.VerifyImage(everything))
+    assert (sound.checked, list(sound.problems)) == (4, [])
+    flip(Path(disk.path), disk.size_bytes - 5)
+    found = await imager.one(imager.stub.VerifyImage(everything))
+    assert [(one.kind, one.digest, one.removed) for one in found.problems] == [
+        ("disk", disk.digest.value, True)
+    ]
+    assert list((imager.cache / "images/disks").iterdir()) == []
+    assert list((imager.cache / "images/tmp").iterdir()) == []
+    again = await imager.all(imager.stub.BuildDisk(pb.BuildDiskRequest(reference=imager.reference)))
+    assert again[-1].disk.path == disk.path
+    assert list((await imager.one(imager.stub.VerifyImage(everything))).problems) == []
+
+
+async def test_verify_finds_a_damaged_guest_image(imager: Imager) -> None:
+    directory = imager.cache / "guest" / ("ab" * 32)
+    directory.mkdir(parents=True)
+    (directory / "manifest.json").write_text("{}")
+    found = await imager.one(imager.stub.VerifyImage(pb.VerifyImageRequest()))
+    assert [(one.kind, one.removed) for one in found.problems] == [("guest image", False)]
+    found = await imager.one(imager.stub.VerifyImage(pb.VerifyImageRequest(repair=True)))
+    assert [(one.kind, one.removed) for one in found.problems] == [("guest image", True)]
+    assert list((imager.cache / "guest").iterdir()) == []
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+async def exported(imager: Imager, **more: Any) -> bytes:
+    """All bytes of an export, holes as zeros."""
+    data = bytearray()
+    request = pb.ExportImageRequest(reference=imager.reference, **more)
+    for message in await imager.all(imager.stub.ExportImage(request)):
         assert len(message.data) <= 64 << 10
-        digest.update(message.data)
-        count += len(message.data)
-        if count > 64 << 20:
-            break
-    assert count > 64 << 20
-    for bad, error in (
-        ({}, InvalidInput),
-        ({"format": pb.EXPORT_FORMAT_TAR}, NotBuilt),
-        ({"format": pb.EXPORT_FORMAT_EXT4, "compression": "zstd"}, NotBuilt),
-        ({"format": pb.EXPORT_FORMAT_EXT4, "compression": "rar"}, InvalidInput),
+        assert bool(message.data) != bool(message.zeros)
+        data += message.data + bytes(message.zeros)
+    return bytes(data)
+
+
+async def test_export_streams_the_ext4_file_with_its_holes(imager: Imager) -> None:
+    disk = (await imager.all(imager.stub.BuildDisk(pb.BuildDiskRequest(reference=imager.reference))))[-1].disk
+    digest = hashlib.sha256()
+    request = pb.ExportImageRequest(reference=imager.reference, format=pb.EXPORT_FORMAT_EXT4)
+    async for message in imager.stub.ExportImage(request):
+        digest.update(message.data + bytes(message.zeros))
+    assert digest.digest() == await asyncio.to_thread(file_digest, Path(disk.path))
+
+
+async def test_export_streams_archives_in_each_compression(imager: Imager) -> None:
+    await imager.pull()
+    tar = await exported(imager, format=pb.EXPORT_FORMAT_TAR)
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        assert [(info.name, info.size) for info in archive] == [(".", 0), ("bin", 0), ("bin/x", 200_000)]
+    packed = await exported(imager, format=pb.EXPORT_FORMAT_TAR, compression="gzip")
+    assert gzip.decompress(packed) == tar
+    assert (await exported(imager, format=pb.EXPORT_FORMAT_INITRAMFS)).startswith(b"070701")
+    lz4 = await exported(imager, format=pb.EXPORT_FORMAT_INITRAMFS, compression="lz4")
+    assert lz4.startswith(b"\x02\x21\x4c\x18")
+
+
+async def test_export_refuses_what_it_cannot_do(imager: Imager) -> None:
+    await imager.pull()
+    for bad, why in (
+        ({}, "name a format"),
+        ({"format": 99}, "name a format"),
+        ({"format": pb.EXPORT_FORMAT_EXT4, "compression": "rar"}, "no compression"),
     ):
-        with pytest.raises(error):
-            await imager.all(imager.stub.ExportImage(pb.ExportImageRequest(reference=image.reference, **bad)))
+        with pytest.raises(InvalidInput, match=why):
+            await exported(imager, **bad)
+    with pytest.raises(NotFound, match="voidbox image ls"):
+        await imager.all(
+            imager.stub.ExportImage(pb.ExportImageRequest(reference="absent", format=pb.EXPORT_FORMAT_TAR))
+        )
+
+
+async def test_an_export_that_nobody_reads_to_its_end_leaves_nothing(imager: Imager) -> None:
+    await imager.pull()
+    call = imager.stub.ExportImage(
+        pb.ExportImageRequest(reference=imager.reference, format=pb.EXPORT_FORMAT_TAR)
+    )
+    assert await call.read()
+    call.cancel()
+    # Deleting waits for the work to have ended: it holds the lock that exports share.
+    await imager.one(imager.stub.DeleteImage(pb.DeleteImageRequest(reference=imager.reference)))
+    assert list((imager.cache / "images/tmp").iterdir()) == []
 
 
 async def test_what_is_not_built_says_so(imager: Imager) -> None:

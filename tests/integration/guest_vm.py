@@ -8,7 +8,7 @@ from pathlib import Path
 from grpc import aio
 
 from services.common.paths import Paths
-from services.imager.guest_image import load_guest_image
+from services.imager.guest_store import load_guest_image
 from tests.integration import vsock_machine
 
 SECRET = bytes(range(32))

@@ -25,14 +25,10 @@ from services.common.paths import Paths
 from services.common.process import run
 from services.imager import cpio
 from services.imager.debian import Debian
-from services.imager.guest_image import (
-    GuestImage,
-    build_guest_image,
-    load_guest_image,
-    verify_guest_image,
-)
+from services.imager.guest_image import build_guest_image
 from services.imager.guest_kernel import LAZY_MODULES
 from services.imager.guest_project import project_root
+from services.imager.guest_store import GuestImage, load_guest_image, verify_guest_image
 from services.imager.terminal import network_env
 from tests.other_user import needs_another_user
 

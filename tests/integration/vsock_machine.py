@@ -25,7 +25,7 @@ from typing import Any
 from services.common.paths import Paths
 from services.hypervisor.shim_config import ExitRecord, ShimConfig
 from services.imager import cpio
-from services.imager.guest_image import load_guest_image
+from services.imager.guest_store import load_guest_image
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = Path(__file__).with_name("vsock_guest_server.py")

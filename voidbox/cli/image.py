@@ -12,8 +12,10 @@ from typing import Any, Self
 
 from google.protobuf.json_format import MessageToDict
 
+from services.common.errors import Corrupt
 from voidbox.cli.connection import Context
 from voidbox.cli.exitcode import ExitCode
+from voidbox.cli.image_export import FORMATS, export
 from voidbox.cli.screen import Screen, safe, size, table
 from voidbox.client import CALL_SECONDS, Client, rpc_errors
 from voidbox.imager.v1 import imager_pb2 as pb
@@ -24,6 +26,8 @@ _POLICIES = {
     "never": pb.PULL_POLICY_NEVER,
 }
 _KERNELS = {"debian": pb.KERNEL_FLAVOR_DEBIAN, "slim": pb.KERNEL_FLAVOR_SLIM}
+# Reading a cache of many gigabytes, and writing its disks once more.
+_VERIFY_SECONDS = 3600
 _LOCAL = ("oci:", "oci-archive:", "docker-archive:")
 
 
@@ -35,6 +39,8 @@ def image_command(context: Context) -> int:
         "inspect": _inspect,
         "rm": _remove,
         "prune": _prune,
+        "verify": _verify,
+        "export": _export,
         "build-guest": _build_guest,
     }
     stack = context.stack()
@@ -132,6 +138,37 @@ async def _prune(context: Context, client: Client) -> None:
         "\n".join([*response.references, f"freed {size(response.freed_bytes)}"]),
         {"references": list(response.references), "freed_bytes": response.freed_bytes},
     )
+
+
+async def _verify(context: Context, client: Client) -> None:
+    reference = local_reference(context.args.reference) if context.args.reference else ""
+    request = pb.VerifyImageRequest(reference=reference, repair=context.args.repair)
+    with rpc_errors():
+        found = await client.imager.VerifyImage(request, timeout=_VERIFY_SECONDS)
+    lines = [
+        f"damaged{' and removed' if one.removed else ''}: {one.kind} {one.digest} ({safe(one.path)})"
+        for one in found.problems
+    ]
+    context.screen.result(
+        "\n".join([*lines, f"{found.checked} pieces read, {len(lines)} damaged"]),
+        {"checked": found.checked, "problems": [_plain(one) for one in found.problems]},
+    )
+    left = [one for one in found.problems if not one.removed]
+    if left:
+        cure = (
+            "a running box has it open; stop it first"
+            if context.args.repair
+            else "remove it with: voidbox image verify --repair"
+        )
+        raise Corrupt(f"the cache holds damaged content; {cure}", reason="CACHE_DAMAGED")
+
+
+async def _export(context: Context, client: Client) -> None:
+    reference = local_reference(context.args.reference)
+    request = pb.ExportImageRequest(
+        reference=reference, format=FORMATS[context.args.format], compression=context.args.compression
+    )
+    await export(context, client, reference, lambda client: _messages(client.imager.ExportImage(request)))
 
 
 async def _messages(call: Any) -> AsyncIterator[Any]:

@@ -273,6 +273,19 @@ def _add_image(image: Parser, shared: list[Parser]) -> None:
     prune.add_argument(
         "--max-size-mb", type=_count, metavar="N", help="remove the oldest until the cache fits"
     )
+    verify = add("verify", "Compare cached content with its digests; exits with 4 if any is damaged.")
+    verify.add_argument(
+        "reference", metavar="REF", nargs="?", help="one image with its disks; everything if left out"
+    )
+    verify.add_argument("--repair", action="store_true", help="remove what is damaged; it is fetched again")
+    export = add("export", "Write a cached image to a file.")
+    export.add_argument("reference", metavar="REF", help="reference or digest")
+    export.add_argument("-o", "--file", metavar="FILE", required=True, help="where to; - is standard output")
+    export.add_argument("--format", choices=("ext4", "tar", "initramfs"), default="tar", help="(tar)")
+    export.add_argument(
+        "--compression", choices=("none", "gzip", "zstd", "lz4"), default="none", help="(none)"
+    )
+    export.add_argument("--force", action="store_true", help="replace FILE if it exists")
     build = add("build-guest", "Build the kernel and initramfs that boxes boot.")
     build.add_argument("--kernel", choices=("debian", "slim"), default="debian", help="which kernel")
     build.add_argument("--no-default", action="store_true", help="do not make it the default")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import Corrupt, InvalidInput, NotFound
-from services.imager import guest_image, guest_kernel, rootfs, slim_kernel
+from services.imager import guest_image, guest_kernel, guest_store, rootfs, slim_kernel
 from services.imager.cpio import Entry
-from services.imager.guest_image import load_guest_image, verify_guest_image
 from services.imager.guest_python import shared_libraries
+from services.imager.guest_store import load_guest_image, verify_guest_image
 from services.imager.progress import Progress
 from services.imager.terminal import network_env, printer
 from tests.unit.imager.elf_files import bzimage, vmlinux
@@ -28,8 +28,8 @@ def image_at(
     made.mkdir(parents=True)
     (made / "vmlinux").write_bytes(kernel)
     (made / "initramfs.cpio").write_bytes(initramfs)
-    sums = [guest_image._file_sha256(made / name) for name in ("vmlinux", "initramfs.cpio")]
-    digest = guest_image._image_digest(sums[0], sums[1])
+    sums = [guest_store.file_sha256(made / name) for name in ("vmlinux", "initramfs.cpio")]
+    digest = guest_store.image_digest(sums[0], sums[1])
     about = {
         "digest": digest,
         "kernel": {"flavor": flavor, "release": "6.1", "size": len(kernel)},

@@ -353,6 +353,7 @@ class PullImageResponse(google.protobuf.message.Message):
 
     PROGRESS_FIELD_NUMBER: builtins.int
     IMAGE_FIELD_NUMBER: builtins.int
+    GUEST_IMAGE_FIELD_NUMBER: builtins.int
     @property
     def progress(self) -> global___Progress:
         """How far it is."""
@@ -361,15 +362,20 @@ class PullImageResponse(google.protobuf.message.Message):
     def image(self) -> global___Image:
         """The image; the last message."""
 
+    @property
+    def guest_image(self) -> global___GuestImage:
+        """The guest image, if the reference names one; the last message."""
+
     def __init__(
         self,
         *,
         progress: global___Progress | None = ...,
         image: global___Image | None = ...,
+        guest_image: global___GuestImage | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["image", b"image", "progress", b"progress", "result", b"result"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["image", b"image", "progress", b"progress", "result", b"result"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["progress", "image"] | None: ...
+    def HasField(self, field_name: typing.Literal["guest_image", b"guest_image", "image", b"image", "progress", b"progress", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["guest_image", b"guest_image", "image", b"image", "progress", b"progress", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["progress", "image", "guest_image"] | None: ...
 
 global___PullImageResponse = PullImageResponse
 
@@ -382,20 +388,24 @@ class PushImageRequest(google.protobuf.message.Message):
     SOURCE_FIELD_NUMBER: builtins.int
     REFERENCE_FIELD_NUMBER: builtins.int
     INSECURE_FIELD_NUMBER: builtins.int
+    GUEST_IMAGE_FIELD_NUMBER: builtins.int
     source: builtins.str
-    """Reference or digest of a cached image or guest image."""
+    """Reference or digest of a cached image; of a guest image its digest or "default"."""
     reference: builtins.str
-    """Where to."""
+    """Where to; a tag, or none for "latest". INVALID_ARGUMENT for a digest."""
     insecure: builtins.bool
     """Whether plain HTTP is allowed for a host that is not loopback."""
+    guest_image: builtins.bool
+    """Whether the source is a guest image. Those of other platforms at the same tag stay."""
     def __init__(
         self,
         *,
         source: builtins.str = ...,
         reference: builtins.str = ...,
         insecure: builtins.bool = ...,
+        guest_image: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["insecure", b"insecure", "reference", b"reference", "source", b"source"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["guest_image", b"guest_image", "insecure", b"insecure", "reference", b"reference", "source", b"source"]) -> None: ...
 
 global___PushImageRequest = PushImageRequest
 
@@ -604,16 +614,50 @@ class VerifyImageRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REFERENCE_FIELD_NUMBER: builtins.int
+    REPAIR_FIELD_NUMBER: builtins.int
     reference: builtins.str
-    """Reference or digest."""
+    """Reference or digest of one image, which also means its disks; empty means everything."""
+    repair: builtins.bool
+    """Whether damaged content is removed, so that it is pulled or built again when needed."""
     def __init__(
         self,
         *,
         reference: builtins.str = ...,
+        repair: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["reference", b"reference"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reference", b"reference", "repair", b"repair"]) -> None: ...
 
 global___VerifyImageRequest = VerifyImageRequest
+
+@typing.final
+class DamagedContent(google.protobuf.message.Message):
+    """Content that is not what its name says."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    REMOVED_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """"blob", "disk", "guest image" or "agent disk"."""
+    digest: builtins.str
+    """Its digest."""
+    path: builtins.str
+    """Where it is, or was, on the imager's host."""
+    removed: builtins.bool
+    """Whether it has been removed. What a running box has open stays."""
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        digest: builtins.str = ...,
+        path: builtins.str = ...,
+        removed: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "kind", b"kind", "path", b"path", "removed", b"removed"]) -> None: ...
+
+global___DamagedContent = DamagedContent
 
 @typing.final
 class VerifyImageResponse(google.protobuf.message.Message):
@@ -623,19 +667,25 @@ class VerifyImageResponse(google.protobuf.message.Message):
 
     CHECKED_FIELD_NUMBER: builtins.int
     DAMAGED_FIELD_NUMBER: builtins.int
+    PROBLEMS_FIELD_NUMBER: builtins.int
     checked: builtins.int
     """Pieces of content that were read."""
     @property
     def damaged(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Digests of the damaged pieces; they have been removed from the cache."""
+        """Digests of the damaged pieces."""
+
+    @property
+    def problems(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___DamagedContent]:
+        """The damaged pieces."""
 
     def __init__(
         self,
         *,
         checked: builtins.int = ...,
         damaged: collections.abc.Iterable[builtins.str] | None = ...,
+        problems: collections.abc.Iterable[global___DamagedContent] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checked", b"checked", "damaged", b"damaged"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checked", b"checked", "damaged", b"damaged", "problems", b"problems"]) -> None: ...
 
 global___VerifyImageResponse = VerifyImageResponse
 
@@ -687,19 +737,25 @@ class DiskImage(google.protobuf.message.Message):
     FORMAT_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     IMAGE_FIELD_NUMBER: builtins.int
+    PROGRAM_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
     path: builtins.str
     """Absolute path on the imager's host."""
     format: builtins.str
     """Format: "raw"."""
     size_bytes: builtins.int
     """Length of the file system in bytes."""
+    program: builtins.str
+    """Path in the disk of the agent's program; empty for the disk of an image."""
+    version: builtins.str
+    """Version of the agent; empty for the disk of an image."""
     @property
     def digest(self) -> voidbox.common.v1.common_pb2.Digest:
         """Digest of the layers and the writer's version; names the content."""
 
     @property
     def image(self) -> global___Image:
-        """The image that it was made of."""
+        """The image that it was made of; empty for the disk of an agent."""
 
     def __init__(
         self,
@@ -709,9 +765,11 @@ class DiskImage(google.protobuf.message.Message):
         format: builtins.str = ...,
         size_bytes: builtins.int = ...,
         image: global___Image | None = ...,
+        program: builtins.str = ...,
+        version: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["digest", b"digest", "image", b"image"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["digest", b"digest", "format", b"format", "image", b"image", "path", b"path", "size_bytes", b"size_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "format", b"format", "image", b"image", "path", b"path", "program", b"program", "size_bytes", b"size_bytes", "version", b"version"]) -> None: ...
 
 global___DiskImage = DiskImage
 
@@ -757,7 +815,9 @@ class ExportImageRequest(google.protobuf.message.Message):
     format: global___ExportFormat.ValueType
     """The format."""
     compression: builtins.str
-    """Compression: "none", "gzip", "zstd" or "lz4". Empty means none."""
+    """Compression: "none", "gzip", "zstd" or "lz4". Empty means none. lz4 is in the legacy
+    frame that Linux reads.
+    """
     def __init__(
         self,
         *,
@@ -776,14 +836,18 @@ class ExportImageResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DATA_FIELD_NUMBER: builtins.int
+    ZEROS_FIELD_NUMBER: builtins.int
     data: builtins.bytes
     """At most 64 KiB."""
+    zeros: builtins.int
+    """This many bytes of zero follow; a message has either data or zeros."""
     def __init__(
         self,
         *,
         data: builtins.bytes = ...,
+        zeros: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "zeros", b"zeros"]) -> None: ...
 
 global___ExportImageResponse = ExportImageResponse
 
@@ -883,20 +947,28 @@ class ResolveGuestImageRequest(google.protobuf.message.Message):
     KERNEL_PATH_FIELD_NUMBER: builtins.int
     INITRAMFS_PATH_FIELD_NUMBER: builtins.int
     GUEST_IMAGE_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    INSECURE_FIELD_NUMBER: builtins.int
     kernel_path: builtins.str
     """`sandbox.kernel` of the spec."""
     initramfs_path: builtins.str
     """`sandbox.initramfs` of the spec."""
     guest_image: builtins.str
-    """`sandbox.guest_image` of the spec: a reference to pull."""
+    """`sandbox.guest_image` of the spec: "default", a digest, or a reference to pull."""
+    policy: global___PullPolicy.ValueType
+    """When the registry is asked for a reference."""
+    insecure: builtins.bool
+    """Whether plain HTTP is allowed for a host that is not loopback."""
     def __init__(
         self,
         *,
         kernel_path: builtins.str = ...,
         initramfs_path: builtins.str = ...,
         guest_image: builtins.str = ...,
+        policy: global___PullPolicy.ValueType = ...,
+        insecure: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["guest_image", b"guest_image", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["guest_image", b"guest_image", "initramfs_path", b"initramfs_path", "insecure", b"insecure", "kernel_path", b"kernel_path", "policy", b"policy"]) -> None: ...
 
 global___ResolveGuestImageRequest = ResolveGuestImageRequest
 
@@ -928,14 +1000,22 @@ class BuildAgentImageRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     AGENT_FIELD_NUMBER: builtins.int
+    ARCHITECTURE_FIELD_NUMBER: builtins.int
+    PACKAGE_PATH_FIELD_NUMBER: builtins.int
     agent: builtins.str
     """E.g. "claude-code" or "codex"."""
+    architecture: builtins.str
+    """Processor of the boxes, e.g. "amd64" or "arm64". Empty means the host's."""
+    package_path: builtins.str
+    """Absolute path of the package's tarball on the imager's host, where npm cannot fetch it."""
     def __init__(
         self,
         *,
         agent: builtins.str = ...,
+        architecture: builtins.str = ...,
+        package_path: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent", b"agent"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent", b"agent", "architecture", b"architecture", "package_path", b"package_path"]) -> None: ...
 
 global___BuildAgentImageRequest = BuildAgentImageRequest
 

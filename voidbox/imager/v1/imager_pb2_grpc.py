@@ -102,7 +102,7 @@ class ImagerServiceServicer(object):
     """
 
     def PullImage(self, request, context):
-        """Brings an image into the cache. The last message holds the image.
+        """Brings an image, or a guest image, into the cache. The last message holds it.
         UNAVAILABLE if the registry does not answer, DATA_LOSS if content does not match its
         digest, INVALID_ARGUMENT for a malformed image.
         """
@@ -146,7 +146,8 @@ class ImagerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def VerifyImage(self, request, context):
-        """Reads all cached content of an image and compares it with its digests.
+        """Reads cached content and compares it with its digests: layers, disks, guest images,
+        disks of agents.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,7 +162,7 @@ class ImagerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportImage(self, request, context):
-        """Streams an image as an ext4 file, a tar archive or an initramfs.
+        """Streams a cached image as an ext4 file, a tar archive or an initramfs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,7 +25,7 @@ class ImagerServiceStub:
         voidbox.imager.v1.imager_pb2.PullImageRequest,
         voidbox.imager.v1.imager_pb2.PullImageResponse,
     ]
-    """Brings an image into the cache. The last message holds the image.
+    """Brings an image, or a guest image, into the cache. The last message holds it.
     UNAVAILABLE if the registry does not answer, DATA_LOSS if content does not match its
     digest, INVALID_ARGUMENT for a malformed image.
     """
@@ -64,7 +64,9 @@ class ImagerServiceStub:
         voidbox.imager.v1.imager_pb2.VerifyImageRequest,
         voidbox.imager.v1.imager_pb2.VerifyImageResponse,
     ]
-    """Reads all cached content of an image and compares it with its digests."""
+    """Reads cached content and compares it with its digests: layers, disks, guest images,
+    disks of agents.
+    """
 
     BuildDisk: grpc.UnaryStreamMultiCallable[
         voidbox.imager.v1.imager_pb2.BuildDiskRequest,
@@ -78,7 +80,7 @@ class ImagerServiceStub:
         voidbox.imager.v1.imager_pb2.ExportImageRequest,
         voidbox.imager.v1.imager_pb2.ExportImageResponse,
     ]
-    """Streams an image as an ext4 file, a tar archive or an initramfs."""
+    """Streams a cached image as an ext4 file, a tar archive or an initramfs."""
 
     BuildGuestImage: grpc.UnaryStreamMultiCallable[
         voidbox.imager.v1.imager_pb2.BuildGuestImageRequest,
@@ -107,7 +109,7 @@ class ImagerServiceAsyncStub:
         voidbox.imager.v1.imager_pb2.PullImageRequest,
         voidbox.imager.v1.imager_pb2.PullImageResponse,
     ]
-    """Brings an image into the cache. The last message holds the image.
+    """Brings an image, or a guest image, into the cache. The last message holds it.
     UNAVAILABLE if the registry does not answer, DATA_LOSS if content does not match its
     digest, INVALID_ARGUMENT for a malformed image.
     """
@@ -146,7 +148,9 @@ class ImagerServiceAsyncStub:
         voidbox.imager.v1.imager_pb2.VerifyImageRequest,
         voidbox.imager.v1.imager_pb2.VerifyImageResponse,
     ]
-    """Reads all cached content of an image and compares it with its digests."""
+    """Reads cached content and compares it with its digests: layers, disks, guest images,
+    disks of agents.
+    """
 
     BuildDisk: grpc.aio.UnaryStreamMultiCallable[
         voidbox.imager.v1.imager_pb2.BuildDiskRequest,
@@ -160,7 +164,7 @@ class ImagerServiceAsyncStub:
         voidbox.imager.v1.imager_pb2.ExportImageRequest,
         voidbox.imager.v1.imager_pb2.ExportImageResponse,
     ]
-    """Streams an image as an ext4 file, a tar archive or an initramfs."""
+    """Streams a cached image as an ext4 file, a tar archive or an initramfs."""
 
     BuildGuestImage: grpc.aio.UnaryStreamMultiCallable[
         voidbox.imager.v1.imager_pb2.BuildGuestImageRequest,
@@ -191,7 +195,7 @@ class ImagerServiceServicer(metaclass=abc.ABCMeta):
         request: voidbox.imager.v1.imager_pb2.PullImageRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[voidbox.imager.v1.imager_pb2.PullImageResponse], collections.abc.AsyncIterator[voidbox.imager.v1.imager_pb2.PullImageResponse]]:
-        """Brings an image into the cache. The last message holds the image.
+        """Brings an image, or a guest image, into the cache. The last message holds it.
         UNAVAILABLE if the registry does not answer, DATA_LOSS if content does not match its
         digest, INVALID_ARGUMENT for a malformed image.
         """
@@ -242,7 +246,9 @@ class ImagerServiceServicer(metaclass=abc.ABCMeta):
         request: voidbox.imager.v1.imager_pb2.VerifyImageRequest,
         context: _ServicerContext,
     ) -> typing.Union[voidbox.imager.v1.imager_pb2.VerifyImageResponse, collections.abc.Awaitable[voidbox.imager.v1.imager_pb2.VerifyImageResponse]]:
-        """Reads all cached content of an image and compares it with its digests."""
+        """Reads cached content and compares it with its digests: layers, disks, guest images,
+        disks of agents.
+        """
 
     @abc.abstractmethod
     def BuildDisk(
@@ -260,7 +266,7 @@ class ImagerServiceServicer(metaclass=abc.ABCMeta):
         request: voidbox.imager.v1.imager_pb2.ExportImageRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[voidbox.imager.v1.imager_pb2.ExportImageResponse], collections.abc.AsyncIterator[voidbox.imager.v1.imager_pb2.ExportImageResponse]]:
-        """Streams an image as an ext4 file, a tar archive or an initramfs."""
+        """Streams a cached image as an ext4 file, a tar archive or an initramfs."""
 
     @abc.abstractmethod
     def BuildGuestImage(
