@@ -1,59 +1,59 @@
-"""Reads an OCI image layout directory (image-spec, image-layout.md). Nothing in it is trusted."""
+"""Reads an OCI image layout, a directory or an archive (image-spec, image-layout.md); trusts nothing."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import stat
-from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO, Final, Self
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Final, Self
 
-from services.common.errors import Corrupt, InvalidInput, NotFound
+from services.common.errors import InvalidInput, NotFound
+from services.imager.files import Files, read_file
 from services.imager.limits import Cancel, Limits
 from services.imager.manifest import OCI_INDEX, Descriptor, Index, parse_manifest
-from services.imager.reference import LayoutReference
-from services.imager.sources import check_content, check_size
+from services.imager.reference import ArchiveReference, LayoutReference
+from services.imager.sources import BlobSink, check_content, check_size, copy_blob
 
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
-_CHUNK: Final = 1 << 20
 
 
 class LayoutSource:
-    """One layout, opened by directory descriptor; a context manager.
+    """One layout; a context manager.
 
     Raises:
-        NotFound: there is no such directory.
+        NotFound: there is no such directory or file.
         InvalidInput: it is no OCI layout.
     """
 
-    def __init__(self, reference: LayoutReference, limits: Limits, cancel: Cancel) -> None:
+    def __init__(
+        self,
+        reference: LayoutReference | ArchiveReference,
+        files: AbstractContextManager[Files],
+        limits: Limits,
+        cancel: Cancel,
+    ) -> None:
         self._reference = reference
         self._limits = limits
         self._cancel = cancel
-        self._directory = -1
+        self._opening = files
+        self._files: Files
 
     def __enter__(self) -> Self:
-        path = self._reference.directory
-        try:
-            self._directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise NotFound(
-                f"{path}: {error.strerror}; it must be an OCI layout directory", path=path
-            ) from error
+        self._files = self._opening.__enter__()
         try:
             self._check_version()
-        except BaseException:
-            os.close(self._directory)
+        except BaseException as error:
+            self._opening.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._directory)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opening.__exit__(kind, error, trace)
 
     def _check_version(self) -> None:
-        path = self._reference.directory
+        path = self._reference.path
         try:
             document = json.loads(self._read("oci-layout", 4096))
             version = document["imageLayoutVersion"]
@@ -62,34 +62,14 @@ class LayoutSource:
         if not isinstance(version, str) or not version.startswith("1."):
             raise InvalidInput(f"{path}: OCI layout version {version!r} is not 1.x")
 
-    def _open(self, name: str) -> BinaryIO:
-        """A regular file below the layout; `name` was built by us from checked parts."""
-        place = self._reference.directory / name
-        try:
-            # O_NONBLOCK: a FIFO planted here must not hang us.
-            handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
-        except OSError as error:
-            raise NotFound(f"{place}: {error.strerror}", reason="BLOB_MISSING", path=place) from error
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise InvalidInput(f"{place} is not a regular file", path=place)
-        return os.fdopen(handle, "rb", buffering=0)
-
     def _read(self, name: str, limit: int) -> bytes:
-        with self._open(name) as file:
-            parts, left = [], limit + 1
-            while left and (data := file.read(left)):
-                parts.append(data)
-                left -= len(data)
-        if not left:
-            raise InvalidInput(f"{self._reference.directory / name} is longer than {limit} bytes")
-        return b"".join(parts)
+        return read_file(self._files, name, limit)
 
     def root(self) -> tuple[bytes, str]:
         """The manifest or index with the tag or digest; without either, the only one or the whole index."""
         reference = self._reference
         data = self._read("index.json", self._limits.manifest_bytes)
-        where = str(reference.directory / "index.json")
+        where = str(reference.path / "index.json")
         index = parse_manifest(data, where, media_type=OCI_INDEX)
         if not isinstance(index, Index):
             raise InvalidInput(f"{where} is a manifest, not an index")
@@ -97,7 +77,7 @@ class LayoutSource:
             named = {entry.annotations.get(_REF_NAME) for entry in index.manifests}
             if len(named) > 1 and len(index.manifests) > 1:
                 raise InvalidInput(
-                    f"{where} holds several images; name one: oci:{reference.directory}:TAG with TAG one of "
+                    f"{where} holds several images; name one: {reference}:TAG with TAG one of "
                     + ", ".join(sorted(name for name in named if name)),
                     reason="AMBIGUOUS_REFERENCE",
                 )
@@ -130,7 +110,7 @@ class LayoutSource:
         """A manifest that only a nested index names."""
         data = self._read(_blob_name(digest), self._limits.manifest_bytes)
         descriptor = Descriptor(media_type="", digest=digest, size=len(data))
-        return check_content(data, descriptor, f"{self._reference.directory}: manifest"), ""
+        return check_content(data, descriptor, f"{self._reference.path}: manifest"), ""
 
     def manifest(self, descriptor: Descriptor) -> bytes:
         """A manifest or index, verified."""
@@ -142,52 +122,14 @@ class LayoutSource:
 
     def _verified(self, descriptor: Descriptor, what: str) -> bytes:
         data = self._read(_blob_name(descriptor.digest), descriptor.size)
-        return check_content(data, descriptor, f"{self._reference.directory}: {what}")
+        return check_content(data, descriptor, f"{self._reference.path}: {what}")
 
-    def fetch(self, descriptor: Descriptor, target: BinaryIO, done: Callable[[int], None]) -> None:
-        """Copy a blob to `target`, verified."""
-        what = f"{self._reference.directory}: layer {descriptor.digest}"
-        digest = hashlib.sha256()
-        count = 0
-        with self._open(_blob_name(descriptor.digest)) as file:
-            while data := file.read(_CHUNK):
-                self._cancel.check()
-                count += len(data)
-                if count > descriptor.size:
-                    break
-                digest.update(data)
-                target.write(data)
-                done(count)
-        if count != descriptor.size:
-            more = "more than " if count > descriptor.size else ""
-            found = descriptor.size if more else count
-            raise Corrupt(
-                f"{what} has {more}{found} bytes, its descriptor says {descriptor.size}",
-                reason="WRONG_SIZE",
-                digest=descriptor.digest,
-            )
-        if f"sha256:{digest.hexdigest()}" != descriptor.digest:
-            raise Corrupt(
-                f"{what} has the digest sha256:{digest.hexdigest()}",
-                reason="WRONG_DIGEST",
-                digest=descriptor.digest,
-            )
+    def fetch(self, descriptor: Descriptor, sink: BlobSink) -> None:
+        """Copy what is missing of a blob."""
+        with self._files.open(_blob_name(descriptor.digest)) as file:
+            copy_blob(file, sink, self._cancel)
 
 
 def _blob_name(digest: str) -> str:
     """Relative path of a blob; the digest was checked to be sha256 and 64 hex digits."""
     return f"blobs/sha256/{digest.removeprefix('sha256:')}"
-
-
-def absolute(reference: LayoutReference) -> LayoutReference:
-    """`reference`, if its directory is absolute.
-
-    Raises:
-        InvalidInput: it is relative; a service has no idea where its client is.
-    """
-    if not reference.directory.is_absolute():
-        raise InvalidInput(
-            f"{reference}: the directory must be absolute, e.g. oci:{Path('/path/to') / reference.directory}",
-            reason="BAD_REFERENCE",
-        )
-    return reference

@@ -12,6 +12,7 @@ from services.imager.cache import COLLECT_LOCK, in_use
 from services.imager.ext4 import WRITER_VERSION
 from services.imager.images import CachedImage, Catalog
 from services.imager.limits import Cancel
+from services.imager.partial import drop_partial
 
 
 class Housekeeper:
@@ -64,7 +65,7 @@ class Housekeeper:
         removed: list[str] = []
         with self._cache.lock(COLLECT_LOCK, cancel):
             kept = sorted(self._catalog.list_images(), key=lambda image: image.use_time)
-            freed = self._collect(kept)
+            freed = self._collect(kept) + drop_partial(self._cache, 0)
             now = time.time()
             for image in list(kept):
                 old = older_than_seconds is not None and now - image.use_time > older_than_seconds

@@ -6,16 +6,27 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from enum import Enum
+from pathlib import Path
 
-from services.common.errors import Cancelled, Corrupt, NotFound
-from services.imager.cache import COLLECT_LOCK, ImageCache, hex_part
+from services.common.errors import Cancelled, Corrupt, InvalidInput, NotFound
+from services.imager.cache import COLLECT_LOCK, ImageCache
 from services.imager.disk import DEFAULT_FREE_MIB, Disk, build_disk, disk_key, find_disk
+from services.imager.docker_archive import DockerArchiveSource
+from services.imager.files import ArchiveFiles, DirectoryFiles
 from services.imager.images import CachedImage, Catalog
-from services.imager.layout import LayoutSource, absolute
+from services.imager.layout import LayoutSource
 from services.imager.limits import Cancel, Limits
 from services.imager.manifest import Descriptor, Platform, host_default
+from services.imager.partial import PartialBlob, blob_lock, downloaded, drop_partial
 from services.imager.progress import Progress, Report, silent
-from services.imager.reference import LayoutReference, Reference, parse_reference
+from services.imager.reference import (
+    DockerArchiveReference,
+    LayoutReference,
+    LocalReference,
+    Reference,
+    RegistryReference,
+    parse_reference,
+)
 from services.imager.registry import RegistrySettings, RegistrySource
 from services.imager.sources import ResolvedImage, Source, resolve
 
@@ -59,7 +70,7 @@ class ImageStore:
     ) -> CachedImage:
         """The image, complete in the cache.
 
-        A layout directory is asked unless the policy is NEVER: that costs nothing.
+        A layout or archive is asked unless the policy is NEVER: that costs nothing.
 
         Raises:
             InvalidInput: the reference, the platform or the image is malformed.
@@ -68,16 +79,19 @@ class ImageStore:
             Corrupt: content does not match its digest.
             Exhausted: the disk is full; nothing partial is left.
             Cancelled: the caller cancelled.
+
+        After Unavailable and Cancelled the next pull goes on with the layers where this one stopped.
         """
         parsed = parse_reference(reference)
-        if isinstance(parsed, LayoutReference):
-            parsed = absolute(parsed)
+        if not isinstance(parsed, RegistryReference):
+            _require_absolute(parsed)
         wanted = platform or host_default()
         cancel = cancel or Cancel()
         inner = Cancel()  # also ended by the first layer that fails
         cancel.on_cancel(inner.cancel)
         try:
             with self.cache.lock(COLLECT_LOCK, cancel, shared=True):
+                drop_partial(self.cache)
                 return self._pull(parsed, policy, wanted, insecure, inner, report)
         finally:
             cancel.forget(inner.cancel)
@@ -92,7 +106,7 @@ class ImageStore:
         report: Report,
     ) -> CachedImage:
         ask = policy is PullPolicy.ALWAYS or (
-            isinstance(parsed, LayoutReference) and policy is not PullPolicy.NEVER
+            not isinstance(parsed, RegistryReference) and policy is not PullPolicy.NEVER
         )
         if not ask:
             found = self.catalog.find(str(parsed), wanted)
@@ -109,7 +123,7 @@ class ImageStore:
         with self._open(parsed, insecure, cancel) as source:
             resolved = resolve(source, wanted, str(parsed), self._limits)
             report(Progress(subject=str(parsed), action="resolve", done=1, total=1))
-            self._fetch_layers(source, resolved, cancel, report)
+            self._fetch_layers(source, resolved, str(parsed), cancel, report)
         self.cache.put_blob(resolved.manifest.config.digest, resolved.config_bytes)
         self.cache.put_blob(resolved.digest, resolved.manifest_bytes)
         self.catalog.remember(str(parsed), wanted, resolved.digest, time.time())
@@ -121,13 +135,21 @@ class ImageStore:
         return found
 
     def _open(self, parsed: Reference, insecure: bool, cancel: Cancel) -> AbstractContextManager[Source]:
+        limits, scratch = self._limits, self.cache.root / "tmp"
         if isinstance(parsed, LayoutReference):
-            return LayoutSource(parsed, self._limits, cancel)
+            return LayoutSource(parsed, DirectoryFiles(parsed.path), limits, cancel)
+        if not isinstance(parsed, RegistryReference):
+            files = ArchiveFiles(parsed.path, scratch, limits, cancel)
+            if isinstance(parsed, DockerArchiveReference):
+                return DockerArchiveSource(parsed, files, limits, cancel)
+            return LayoutSource(parsed, files, limits, cancel)
         return RegistrySource(
             parsed, insecure=insecure, settings=self._settings, limits=self._limits, cancel=cancel
         )
 
-    def _fetch_layers(self, source: Source, resolved: ResolvedImage, cancel: Cancel, report: Report) -> None:
+    def _fetch_layers(
+        self, source: Source, resolved: ResolvedImage, where: str, cancel: Cancel, report: Report
+    ) -> None:
         """Download what is missing, several at once; the first error ends the others."""
         missing = {
             layer.digest: layer
@@ -137,9 +159,11 @@ class ImageStore:
         if not missing:
             return
         for layer in missing.values():
-            report(Progress(subject=layer.digest, action="download", done=0, total=layer.size, unit="bytes"))
+            report(downloaded(layer, 0))
         with ThreadPoolExecutor(self._settings.parallel_layers, "layer-download") as pool:
-            jobs = [pool.submit(self._fetch, source, layer, cancel, report) for layer in missing.values()]
+            jobs = [
+                pool.submit(self._fetch, source, layer, where, cancel, report) for layer in missing.values()
+            ]
             errors = []
             for job in as_completed(jobs):
                 error = job.exception()
@@ -149,12 +173,17 @@ class ImageStore:
         if errors:
             raise next((error for error in errors if not isinstance(error, Cancelled)), errors[0])
 
-    def _fetch(self, source: Source, layer: Descriptor, cancel: Cancel, report: Report) -> None:
-        with self.cache.lock(f"blob-{hex_part(layer.digest)}", cancel):
+    def _fetch(self, source: Source, layer: Descriptor, where: str, cancel: Cancel, report: Report) -> None:
+        with self.cache.lock(blob_lock(layer.digest), cancel):
             if not self.cache.has_blob(layer.digest, layer.size):
-                with self.cache.writing(self.cache.blob_path(layer.digest)) as file:
-                    source.fetch(layer, file, lambda count: report(_downloaded(layer, count)))
-        report(_downloaded(layer, layer.size))
+                with PartialBlob(self.cache, layer, where, cancel, report) as blob:
+                    source.fetch(layer, blob)
+                    if blob.resumed and not blob.matches():
+                        # What an earlier pull left may have been damaged, e.g. by a power failure.
+                        blob.reset()
+                        source.fetch(layer, blob)
+                    blob.finish()
+        report(downloaded(layer, layer.size))
 
     def disk(
         self,
@@ -180,5 +209,11 @@ class ImageStore:
             )
 
 
-def _downloaded(layer: Descriptor, count: int) -> Progress:
-    return Progress(subject=layer.digest, action="download", done=count, total=layer.size, unit="bytes")
+def _require_absolute(reference: LocalReference) -> None:
+    """Refuse a relative path: a service has no idea where its client is."""
+    if not reference.path.is_absolute():
+        scheme = str(reference).partition(":")[0]
+        raise InvalidInput(
+            f"{reference}: the path must be absolute, e.g. {scheme}:{Path('/path/to') / reference.path}",
+            reason="BAD_REFERENCE",
+        )

@@ -80,13 +80,52 @@ class LayoutReference:
     tag: str | None
     digest: str | None
 
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.directory
+
     def __str__(self) -> str:
-        tag = f":{self.tag}" if self.tag else ""
-        digest = f"@{self.digest}" if self.digest else ""
-        return f"oci:{self.directory}{tag}{digest}"
+        return f"oci:{self.directory}{_suffix(self.tag, self.digest)}"
 
 
-Reference = RegistryReference | LayoutReference
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveReference:
+    """An image in a tar archive of an OCI layout; attributes as those of `LayoutReference`."""
+
+    path: Path
+    tag: str | None
+    digest: str | None
+
+    def __str__(self) -> str:
+        return f"oci-archive:{self.path}{_suffix(self.tag, self.digest)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DockerArchiveReference:
+    """An image in an archive that `docker save` wrote.
+
+    Attributes:
+        path: As written; the caller decides what a relative path is relative to.
+        name: The image's normalised name and tag; None if the archive holds one image.
+        index: Its place in the archive, instead of a name.
+    """
+
+    path: Path
+    name: str | None = None
+    index: int | None = None
+
+    def __str__(self) -> str:
+        which = self.name if self.index is None else f"@{self.index}"
+        return f"docker-archive:{self.path}{f':{which}' if which else ''}"
+
+
+LocalReference = LayoutReference | ArchiveReference | DockerArchiveReference
+Reference = RegistryReference | LocalReference
+
+
+def _suffix(tag: str | None, digest: str | None) -> str:
+    return (f":{tag}" if tag else "") + (f"@{digest}" if digest else "")
 
 
 def parse_reference(text: str) -> Reference:
@@ -107,7 +146,11 @@ def parse_reference(text: str) -> Reference:
         return _parse_registry(text, text.removeprefix("docker://"))
     if text.startswith("oci:"):
         return _parse_layout(text, text.removeprefix("oci:"))
-    for transport in ("oci-archive:", "docker-archive:", "docker-daemon:", "containers-storage:", "dir:"):
+    if text.startswith("oci-archive:"):
+        return _parse_archive(text, text.removeprefix("oci-archive:"))
+    if text.startswith("docker-archive:"):
+        return _parse_docker_archive(text, text.removeprefix("docker-archive:"))
+    for transport in ("docker-daemon:", "containers-storage:", "dir:"):
         if text.startswith(transport):
             raise NotBuilt(
                 f"{text}: {transport} is not built in this version; "
@@ -116,7 +159,7 @@ def parse_reference(text: str) -> Reference:
                 reference=text,
             )
     if "://" in text:
-        raise _bad(text, "use docker://HOST/NAME, a bare name, or oci:DIRECTORY")
+        raise _bad(text, "use docker://HOST/NAME, a bare name, oci:, oci-archive: or docker-archive:")
     return _parse_registry(text, text)
 
 
@@ -184,3 +227,32 @@ def _parse_layout(text: str, rest: str) -> LayoutReference:
     if colon and not tag and directory != rest:
         raise _bad(text, "its tag is empty")
     return LayoutReference(directory=Path(directory), tag=tag or None, digest=digest)
+
+
+def _parse_archive(text: str, rest: str) -> ArchiveReference:
+    """The first colon ends the path, as in containers-transports(5): a tag may hold slashes."""
+    rest, digest = _split_digest(text, rest) if "@sha" in rest else (rest, None)
+    path, colon, tag = rest.partition(":")
+    if not path:
+        raise _bad(text, "it names no file")
+    if colon and not tag:
+        raise _bad(text, "its tag is empty")
+    return ArchiveReference(path=Path(path), tag=tag or None, digest=digest)
+
+
+def _parse_docker_archive(text: str, rest: str) -> DockerArchiveReference:
+    path, colon, which = rest.partition(":")
+    if not path:
+        raise _bad(text, "it names no file")
+    if not colon:
+        return DockerArchiveReference(path=Path(path))
+    if which.startswith("@"):
+        if not re.fullmatch(r"@[0-9]{1,4}", which, re.ASCII):
+            raise _bad(text, "what follows ':@' is not the number of an image, which starts at 0")
+        return DockerArchiveReference(path=Path(path), index=int(which[1:]))
+    if not which:
+        raise _bad(text, "its image name is empty")
+    name = _parse_registry(text, which)
+    if name.digest is not None:
+        raise _bad(text, "images in it have names and tags, not digests")
+    return DockerArchiveReference(path=Path(path), name=str(name))

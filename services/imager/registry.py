@@ -7,14 +7,14 @@ size while streaming, resumption, limits on what is read into memory. Its unpack
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import oras.container
@@ -26,7 +26,6 @@ from requests.utils import should_bypass_proxies
 
 from services.common.errors import (
     Cancelled,
-    Corrupt,
     Denied,
     InvalidInput,
     NotFound,
@@ -38,7 +37,7 @@ from services.imager.credentials import Credentials, find_credentials
 from services.imager.limits import Cancel, Limits
 from services.imager.manifest import MANIFEST_TYPES, Descriptor
 from services.imager.reference import RegistryReference
-from services.imager.sources import check_content, check_digest
+from services.imager.sources import BlobSink, check_content, check_digest
 
 log = logging.getLogger(__name__)
 
@@ -285,41 +284,25 @@ class RegistrySource:
 
         return check_content(self._retried(get), descriptor, f"{self._reference}: blob")
 
-    def fetch(self, descriptor: Descriptor, target: BinaryIO, done: Callable[[int], None]) -> None:
-        """Stream a blob into `target`, verified; a broken download goes on where it stopped."""
-        digest = hashlib.sha256()
-        count = 0
+    def fetch(self, descriptor: Descriptor, sink: BlobSink) -> None:
+        """Bring `sink` the rest of a blob; a broken download goes on where it stopped."""
 
         def get() -> None:
-            nonlocal count, digest
-            headers = {"Range": f"bytes={count}-"} if count else {}
+            if sink.count >= descriptor.size:
+                return
+            headers = {"Range": f"bytes={sink.count}-"} if sink.count else {}
             with self._request(self._blob_url(descriptor), headers) as response:
-                if count and response.status_code == 200:  # it cannot resume
-                    count, digest = 0, hashlib.sha256()
-                    target.seek(0)
-                    target.truncate()
+                if sink.count and not _continues(response, sink.count):
+                    sink.reset()
+                    if response.status_code != 200:
+                        raise _Transient("the answer is for another range than the one asked for")
                 self._check_status(response, f"layer {descriptor.digest}")
                 for data in self._chunks(response):
-                    count += len(data)
-                    if count > descriptor.size:
-                        raise self._wrong(descriptor, f"has more than {descriptor.size} bytes", "WRONG_SIZE")
-                    digest.update(data)
-                    target.write(data)
-                    done(count)
-            if count < descriptor.size:
-                raise _Transient(f"the answer ended after {count} of {descriptor.size} bytes")
+                    sink.write(data)
+            if sink.count < descriptor.size:
+                raise _Transient(f"the answer ended after {sink.count} of {descriptor.size} bytes")
 
         self._retried(get)
-        found = f"sha256:{digest.hexdigest()}"
-        if found != descriptor.digest:
-            raise self._wrong(descriptor, f"has the digest {found}", "WRONG_DIGEST")
-
-    def _wrong(self, descriptor: Descriptor, what: str, reason: str) -> Corrupt:
-        return Corrupt(
-            f"{self._reference}: layer {descriptor.digest} {what}; the registry or a proxy is broken",
-            reason=reason,
-            digest=descriptor.digest,
-        )
 
     def _blob_url(self, descriptor: Descriptor) -> str:
         return f"{self._client.prefix}://{self._container.get_blob_url(descriptor.digest)}"
@@ -469,6 +452,14 @@ class RegistrySource:
             ):
                 raise  # the local disk, not the network
             raise _Transient(_root_cause(error)) from error
+
+
+def _continues(response: requests.Response, start: int) -> bool:
+    """Whether the answer goes on at byte `start`, or is none at all."""
+    if response.status_code == 206:
+        found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        return found is not None and int(found[1]) == start
+    return response.status_code not in (200, 416)
 
 
 def _retry_after(response: requests.Response) -> float:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, Final, Protocol
 
 from services.common.errors import Corrupt, InvalidInput, NotFound
-from services.imager.limits import Limits
+from services.imager.limits import Cancel, Limits
 from services.imager.manifest import (
     Descriptor,
     ImageConfig,
@@ -22,10 +21,31 @@ from services.imager.manifest import (
 )
 
 _MAX_INDEX_DEPTH: Final = 4
+_CHUNK: Final = 1 << 20
+
+
+class BlobSink(Protocol):
+    """Where a blob goes, byte after byte; it knows what the blob must be.
+
+    Attributes:
+        count: Bytes that it has; a source goes on from there.
+    """
+
+    count: int
+
+    def write(self, data: bytes) -> None:
+        """Append `data`.
+
+        Raises:
+            Corrupt: the blob is longer than its descriptor says.
+        """
+
+    def reset(self) -> None:
+        """Forget all bytes, because the source begins again."""
 
 
 class Source(Protocol):
-    """A registry or a layout, opened for one reference. All calls block; use a thread."""
+    """A registry, a layout or an archive, opened for one reference. All calls block; use a thread."""
 
     def root(self) -> tuple[bytes, str]:
         """The manifest or index that the reference names, and its media type."""
@@ -36,8 +56,8 @@ class Source(Protocol):
     def small_blob(self, descriptor: Descriptor) -> bytes:
         """A blob, verified, in memory; the caller has checked its size."""
 
-    def fetch(self, descriptor: Descriptor, target: BinaryIO, done: Callable[[int], None]) -> None:
-        """Write a blob to `target`, verified; `done` is told how many bytes are there so far."""
+    def fetch(self, descriptor: Descriptor, sink: BlobSink) -> None:
+        """Bring `sink` what it does not have yet of a blob; the sink's owner verifies the digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +121,14 @@ def resolve(source: Source, wanted: Platform, where: str, limits: Limits) -> Res
         config_bytes=config_bytes,
         config=config,
     )
+
+
+def copy_blob(file: BinaryIO, sink: BlobSink, cancel: Cancel) -> None:
+    """Append to `sink` what it does not have yet of `file`."""
+    file.seek(sink.count)
+    while data := file.read(_CHUNK):
+        cancel.check()
+        sink.write(data)
 
 
 def check_size(descriptor: Descriptor, limit: int, what: str) -> None:

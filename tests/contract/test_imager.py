@@ -129,7 +129,9 @@ async def test_pull_reports_progress_and_ends_with_the_image(imager: Imager) -> 
         ({"reference": "localhost:1/x"}, Unavailable, "not reachable"),
         ({"reference": "x", "policy": pb.PULL_POLICY_NEVER}, NotFound, "never"),
         ({"reference": "x", "policy": 99}, InvalidInput, "no pull policy"),
-        ({"reference": "oci-archive:/x.tar"}, NotBuilt, "skopeo"),
+        ({"reference": "dir:/x"}, NotBuilt, "skopeo"),
+        ({"reference": "oci-archive:/x.tar"}, NotFound, "No such file"),
+        ({"reference": "docker-archive:x.tar"}, InvalidInput, "absolute"),
     ],
 )
 async def test_pull_refuses_clearly(

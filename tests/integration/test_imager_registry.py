@@ -35,6 +35,7 @@ from services.common.errors import (
 from services.imager.cache import ImageCache
 from services.imager.limits import Cancel, Limits
 from services.imager.manifest import Platform
+from services.imager.prune import Housekeeper
 from services.imager.pull import ImageStore, PullPolicy
 from services.imager.registry import RegistrySettings
 from tests.imager_images import Item, compress, directory, make_layout, make_tar, need, run, sha256
@@ -343,6 +344,11 @@ def hostile() -> Iterator[Hostile]:
     server.close()
 
 
+def other_bytes(data: bytes) -> bytes:
+    """As long, one bit different."""
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
 def test_a_sound_answer_is_pulled(hostile: Hostile, tmp_path: Path) -> None:
     hostile.serve_image()
     images = store(tmp_path)
@@ -404,6 +410,116 @@ def test_a_broken_download_goes_on_where_it_stopped(hostile: Hostile, tmp_path: 
     assert ranges == [None, "bytes=200000-"]
 
 
+def kept(images: ImageStore) -> dict[str, int]:
+    """The lengths of the partial blobs by their digests."""
+    place = images.cache.root / "partial"
+    return {path.name: path.stat().st_size for path in place.iterdir()} if place.exists() else {}
+
+
+def test_a_pull_that_was_killed_goes_on_where_it_stopped(hostile: Hostile, tmp_path: Path) -> None:
+    """A process of its own, killed while a layer arrives; the next asks for the rest only."""
+    first, second = hostile.serve_image()
+    data = hostile.blobs[first]
+    sound = hostile.answers[first]
+    hostile.answers[first] = stall(hostile, data[:200_000], len(data))
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom services.imager.cache import ImageCache\n"
+        "from services.imager.pull import ImageStore\nfrom services.imager.registry import RegistrySettings\n"
+        "store = ImageStore(ImageCache(Path(sys.argv[1])), RegistrySettings())\n"
+        "store.pull(sys.argv[2], report=lambda p: print(p.subject, p.done, flush=True))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "cache", f"{hostile.host}/app:t"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process:
+        waited = {f"{sha256(data)} 200000", f"{sha256(hostile.blobs[second])} {len(hostile.blobs[second])}"}
+        for line in process.stdout:
+            waited.discard(line.strip())
+            if not waited:
+                break
+        process.kill()
+    images = store(tmp_path / "cache")
+    assert kept(images) == {sha256(data).removeprefix("sha256:"): 200_000}
+    hostile.answers[first] = sound
+    hostile.requests.clear()
+    images.disk(images.pull(f"{hostile.host}/app:t"))
+    assert [headers.get("Range") for path, headers in hostile.requests if path == first] == ["bytes=200000-"]
+    assert second not in [path for path, _ in hostile.requests], "a whole layer is not asked for again"
+    assert kept(images) == {}
+    assert_nothing_partial(images)
+
+
+@pytest.mark.parametrize("damage", [lambda data: bytes(1000), lambda data: data + b"more", other_bytes])
+def test_a_damaged_rest_of_an_earlier_pull_is_brought_again(
+    hostile: Hostile, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    """As a power failure leaves it: zeros, or longer than the layer."""
+    path = hostile.serve_image()[0]
+    images = store(tmp_path)
+    (images.cache.root / "partial").mkdir()
+    (images.cache.root / "partial" / path.rpartition(":")[2]).write_bytes(damage(hostile.blobs[path]))
+    images.disk(images.pull(f"{hostile.host}/app:t"))
+    assert kept(images) == {}
+
+
+def test_what_is_whole_already_is_not_asked_for(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    images = store(tmp_path)
+    (images.cache.root / "partial").mkdir()
+    (images.cache.root / "partial" / path.rpartition(":")[2]).write_bytes(hostile.blobs[path])
+    images.disk(images.pull(f"{hostile.host}/app:t"))
+    assert path not in [asked for asked, _ in hostile.requests]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda data: status(416),
+        lambda data: lambda handler: send(handler, 206, data, Content_Range=f"bytes 0-9/{len(data)}"),
+        lambda data: lambda handler: send(handler, 206, data[200_000:]),
+    ],
+)
+def test_an_answer_for_another_range_is_not_mixed_in(
+    hostile: Hostile, tmp_path: Path, answer: Callable[[bytes], Answer]
+) -> None:
+    path = hostile.serve_image()[0]
+    data, sound = hostile.blobs[path], hostile.answers[path]
+    seen = 0
+
+    def by_turns(handler: http.server.BaseHTTPRequestHandler) -> None:
+        nonlocal seen
+        seen += 1
+        {1: cut(data, 200_000), 2: answer(data)}.get(seen, sound)(handler)
+
+    hostile.answers[path] = by_turns
+    images = store(tmp_path)
+    images.disk(images.pull(f"{hostile.host}/app:t"))
+    assert seen == 3
+
+
+def test_given_up_pulls_leave_nothing_for_ever(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    hostile.answers[path] = cut(hostile.blobs[path], 150_000)
+    images = store(tmp_path)
+    with pytest.raises(Unavailable):
+        images.pull(f"{hostile.host}/app:t")
+    [name] = kept(images)
+    with pytest.raises(NotFound):
+        images.pull(f"{hostile.host}/absent:t")
+    assert kept(images) == {name: 150_000}, "young, so it may be taken up"
+    month_ago = time.time() - 30 * 86400
+    os.utime(images.cache.root / "partial" / name, (month_ago, month_ago))
+    with pytest.raises(NotFound):
+        images.pull(f"{hostile.host}/absent:t")
+    assert kept(images) == {}
+    with pytest.raises(Unavailable):
+        images.pull(f"{hostile.host}/app:t")
+    _, freed = Housekeeper(images.catalog).prune()
+    assert (kept(images), freed > 100_000) == ({}, True)
+
+
 def test_a_server_without_ranges_starts_again(hostile: Hostile, tmp_path: Path) -> None:
     path = hostile.serve_image()[0]
     data = hostile.blobs[path]
@@ -426,15 +542,10 @@ def test_a_download_that_always_breaks_ends_and_leaves_nothing(
     assert images.catalog.list_images() == []
 
 
-def other(data: bytes) -> bytes:
-    """As long, one bit different."""
-    return bytes([data[0] ^ 1]) + data[1:]
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (other, "WRONG_DIGEST"),
+        (other_bytes, "WRONG_DIGEST"),
         (lambda data: data + b"x", "WRONG_SIZE"),
     ],
 )
@@ -533,12 +644,12 @@ def test_an_artifact_is_no_image(hostile: Hostile, tmp_path: Path) -> None:
         store(tmp_path).pull(f"{hostile.host}/app:t")
 
 
-def stall(hostile: Hostile, before: bytes) -> Answer:
+def stall(hostile: Hostile, before: bytes, length: int = 1_000_000) -> Answer:
     """Sends the beginning and then nothing until the server ends."""
 
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
-        handler.send_header("Content-Length", "1000000")
+        handler.send_header("Content-Length", str(length))
         handler.end_headers()
         handler.wfile.write(before)
         handler.wfile.flush()
@@ -609,7 +720,7 @@ def test_cancelling_wakes_a_download_that_waits(hostile: Hostile, tmp_path: Path
 def test_one_bad_layer_ends_the_others(hostile: Hostile, tmp_path: Path) -> None:
     good, bad = hostile.serve_image()
     hostile.answers[good] = stall(hostile, b"")
-    hostile.answers[bad] = body(other(hostile.blobs[bad]))
+    hostile.answers[bad] = body(other_bytes(hostile.blobs[bad]))
     images = store(tmp_path, RegistrySettings(read_seconds=60))
     started = time.monotonic()
     with pytest.raises(Corrupt):

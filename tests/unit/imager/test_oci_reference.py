@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import InvalidInput, NotBuilt, VoidboxError
-from services.imager.reference import LayoutReference, RegistryReference, is_digest, parse_reference
+from services.imager.reference import (
+    ArchiveReference,
+    DockerArchiveReference,
+    LayoutReference,
+    RegistryReference,
+    is_digest,
+    parse_reference,
+)
 
+HUB = "docker.io/library/"
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
 
@@ -71,6 +79,16 @@ def test_names_are_normalised(text: str, normal: str, host: str) -> None:
         ("oci:", "no directory"),
         ("oci:/a:", "tag is empty"),
         ("oci:/a@sha256:12", "64 lower-case hex"),
+        ("oci-archive:", "no file"),
+        ("oci-archive::t", "no file"),
+        ("oci-archive:/a:", "tag is empty"),
+        ("docker-archive:", "no file"),
+        ("docker-archive:/a:", "name is empty"),
+        ("docker-archive:/a:@", "number of an image"),
+        ("docker-archive:/a:@-1", "number of an image"),
+        ("docker-archive:/a:@99999", "number of an image"),
+        ("docker-archive:/a:No", "lower case"),
+        ("docker-archive:/a:b@" + DIGEST, "not digests"),
     ],
 )
 def test_malformed_references_are_refused_with_the_reason(text: str, why: str) -> None:
@@ -78,9 +96,7 @@ def test_malformed_references_are_refused_with_the_reason(text: str, why: str) -
         parse_reference(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["oci-archive:/a.tar", "docker-archive:/a.tar:x", "docker-daemon:a", "dir:/a"]
-)
+@pytest.mark.parametrize("text", ["containers-storage:a", "docker-daemon:a", "dir:/a"])
 def test_transports_that_are_not_built_say_so_and_what_to_do(text: str) -> None:
     with pytest.raises(NotBuilt, match="skopeo copy"):
         parse_reference(text)
@@ -101,6 +117,25 @@ def test_layout_references_name_directory_tag_and_digest(
     text: str, directory: str, tag: str | None, digest: str | None
 ) -> None:
     assert parse_reference(text) == LayoutReference(directory=Path(directory), tag=tag, digest=digest)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("oci-archive:/a.tar", ArchiveReference(path=Path("/a.tar"), tag=None, digest=None)),
+        ("oci-archive:a/b.tar:v1", ArchiveReference(path=Path("a/b.tar"), tag="v1", digest=None)),
+        ("oci-archive:/a:docker.io/b:1", ArchiveReference(path=Path("/a"), tag="docker.io/b:1", digest=None)),
+        ("oci-archive:/a@" + DIGEST, ArchiveReference(path=Path("/a"), tag=None, digest=DIGEST)),
+        ("docker-archive:/a.tar", DockerArchiveReference(path=Path("/a.tar"))),
+        ("docker-archive:/a:alpine", DockerArchiveReference(path=Path("/a"), name=HUB + "alpine:latest")),
+        ("docker-archive:/a:b/c:1", DockerArchiveReference(path=Path("/a"), name="docker.io/b/c:1")),
+        ("docker-archive:/a:@0", DockerArchiveReference(path=Path("/a"), index=0)),
+    ],
+)
+def test_archive_references_end_the_path_at_the_first_colon(text: str, reference: object) -> None:
+    parsed = parse_reference(text)
+    assert parsed == reference
+    assert parse_reference(str(parsed)) == parsed
 
 
 @pytest.mark.parametrize(
