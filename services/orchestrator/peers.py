@@ -228,7 +228,9 @@ class Peers:
         config = hypervisor_pb2.BoxConfig(
             kernel_path=image.kernel,
             initramfs_path=image.initramfs,
-            resources=common_pb2.Resources(memory_mib=machine.memory_mib, vcpus=machine.vcpus),
+            resources=common_pb2.Resources(
+                memory_mib=machine.memory_mib, vcpus=machine.vcpus, disk_mib=machine.disk_mib
+            ),
             mounts=[mount_to_proto(mount) for mount in machine.mounts],
             env=machine.env,
             labels=labels,

@@ -48,6 +48,7 @@ class Machine:
     image: str = ""
     memory_mib: int = 1024
     vcpus: int = 1
+    disk_mib: int = 0
     env: Mapping[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = ()
 
@@ -194,6 +195,7 @@ def _machine(sandbox: Sandbox, box: BoxSandbox, extra: tuple[Mount, ...]) -> Mac
         image=box.image or sandbox.image or "",
         memory_mib=box.memory_mb or sandbox.memory_mb,
         vcpus=box.vcpus or sandbox.vcpus,
+        disk_mib=box.disk_mb or sandbox.disk_mb or 0,
         env={**sandbox.env, **box.env},
         mounts=(*sandbox.mounts, *box.mounts, *extra),
     )

@@ -69,6 +69,7 @@ def _check(context: Context, argv: list[str]) -> None:
             "--image": args.image,
             "--memory-mb": args.memory_mb,
             "--vcpus": args.vcpus,
+            "--disk-mb": args.disk_mb,
             "--mount": args.mount,
         }
         for option, value in fresh.items():

@@ -193,6 +193,12 @@ def _add_exec(command: Parser) -> None:
     command.add_argument("--memory-mb", type=_positive, metavar="N", help="memory of the box (1024)")
     command.add_argument("--vcpus", type=_positive, metavar="N", help="processors of the box (1)")
     command.add_argument(
+        "--disk-mb",
+        type=_positive,
+        metavar="N",
+        help="size of the root disk with --image (the image's + 1024)",
+    )
+    command.add_argument(
         "--env", "-e", action="append", default=[], metavar="K=V", help="environment; K copies ours"
     )
     command.add_argument(

@@ -62,6 +62,8 @@ def sandbox_spec(args: Namespace, ours: Mapping[str, str], base: Path) -> bytes:
         sandbox["memory_mb"] = args.memory_mb
     if args.vcpus:
         sandbox["vcpus"] = args.vcpus
+    if args.disk_mb:
+        sandbox["disk_mb"] = args.disk_mb
     if args.mount:
         sandbox["mounts"] = mounts(args.mount, base)
     for key, variable in (("kernel", "VOID_BOX_KERNEL"), ("initramfs", "VOID_BOX_INITRAMFS")):

@@ -37,6 +37,7 @@ Report = Callable[[Path, str], None]
 
 API_VERSION = "v1"
 # Artifacts that every stage has.
+_NO_DISK = "a box without sandbox.image has no disk, its files are in memory: raise memory_mb instead"
 RESERVED_OUTPUTS = frozenset({"output", "stderr"})
 
 
@@ -46,6 +47,7 @@ def check(spec: Spec, report: Report) -> None:
         report(("api_version",), f"unsupported api_version {spec.api_version!r}, expected {API_VERSION!r}")
     _blocks(spec, report)
     _mounts(spec.sandbox.mounts, ("sandbox", "mounts"), report)
+    _disks(spec, report)
     if spec.agent is not None and spec.kind is Kind.AGENT:
         _agent(spec, spec.agent, report)
     if spec.pipeline is not None and spec.kind is Kind.PIPELINE:
@@ -62,6 +64,15 @@ def _blocks(spec: Spec, report: Report) -> None:
         if kind is not spec.kind and block is not None:
             article = "an" if kind is Kind.AGENT else "a"
             report((kind.value,), f"kind: {spec.kind} does not accept {article} {kind} block")
+
+
+def _disks(spec: Spec, report: Report) -> None:
+    image, boxes = spec.sandbox.image, spec.pipeline.boxes if spec.pipeline is not None else ()
+    if spec.sandbox.disk_mb is not None and image is None and not any(box.sandbox.image for box in boxes):
+        report(("sandbox", "disk_mb"), _NO_DISK)
+    for at, box in enumerate(boxes):
+        if box.sandbox.disk_mb is not None and image is None and box.sandbox.image is None:
+            report(("pipeline", "boxes", at, "sandbox", "disk_mb"), _NO_DISK)
 
 
 def _mounts(mounts: Sequence[Mount], path: Path, report: Report, taken: Iterable[str] = ()) -> None:

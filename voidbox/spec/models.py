@@ -106,6 +106,13 @@ class Sandbox:
     initramfs: str | None = key("Initramfs file on the hypervisor's host.", default=None, host_path=True)
     memory_mb: int = key("Guest memory in MiB.", default=1024, minimum=16, maximum=1 << 24)
     vcpus: int = key("Virtual processors.", default=1, minimum=1, maximum=256)
+    disk_mb: int | None = key(
+        "Size of the root disk of a box with an `image` in MiB; never less than the image needs. Default: "
+        "1024 more than the image's disk, which has 1024 free.",
+        default=None,
+        minimum=1,
+        maximum=1 << 24,
+    )
     network: bool = key("Whether the box has a network device.", default=False)
     env: Mapping[str, str] = key(
         "Environment of every program. An empty value copies the variable of that name from the client.",
@@ -125,6 +132,7 @@ class BoxSandbox:
 
     memory_mb: int | None = key("Guest memory in MiB.", default=None, minimum=16, maximum=1 << 24)
     vcpus: int | None = key("Virtual processors.", default=None, minimum=1, maximum=256)
+    disk_mb: int | None = key("Size of the root disk in MiB.", default=None, minimum=1, maximum=1 << 24)
     network: bool | None = key("Whether the box has a network device.", default=None)
     env: Mapping[str, str] = key("Environment, added to the top-level one.", default_factory=dict)
     mounts: tuple[Mount, ...] = key("Mounts, added to the top-level ones.", default=())

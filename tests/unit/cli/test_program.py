@@ -58,11 +58,25 @@ def test_without_a_program_the_message_says_how_to_name_one() -> None:
 
 def test_the_box_is_a_valid_spec_with_absolute_paths() -> None:
     args = parse(
-        ["exec", "--image", "img", "--memory-mb", "64", "--vcpus", "2", "-v", "d:/d:rw", "-v", "/e:/e"]
+        [
+            "exec",
+            "--image",
+            "img",
+            "--memory-mb",
+            "64",
+            "--vcpus",
+            "2",
+            "--disk-mb",
+            "9",
+            "-v",
+            "d:/d:rw",
+            "-v",
+            "/e:/e",
+        ]
     )
     content = program.sandbox_spec(args, {"VOID_BOX_KERNEL": "k"}, Path("/base"))
     sandbox = parse_spec(content, "exec.json", "/").sandbox
-    assert (sandbox.image, sandbox.memory_mb, sandbox.vcpus) == ("img", 64, 2)
+    assert (sandbox.image, sandbox.memory_mb, sandbox.vcpus, sandbox.disk_mb) == ("img", 64, 2, 9)
     assert sandbox.kernel == "/base/k"
     assert [(m.host, m.guest, m.mode.value) for m in sandbox.mounts] == [
         ("/base/d", "/d", "rw"),
