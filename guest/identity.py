@@ -20,7 +20,6 @@ from guest.settings import Settings
 from guest.users import with_sandbox, with_sandbox_group
 
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
-_EXT4_IOC_RESIZE_FS = 0x40086610  # _IOW("f", 16, __u64), linux fs/ext4/ext4.h
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
 _DIRECTORIES = (
     ("/proc", 0o555), ("/sys", 0o555), ("/dev", 0o755), ("/tmp", 0o1777), ("/run", 0o755), ("/etc", 0o755),  # noqa: S108
@@ -157,6 +156,10 @@ def _mount_root_disk(identity: Identity, settings: Settings) -> None:
     os.makedirs(target, exist_ok=True)
     if os.path.ismount(target):
         return  # an earlier claim got this far
+    if identity.disk_writable:
+        from guest.grow import fill_device  # most machines have no root disk
+
+        _attempt("size of the root disk", lambda: fill_device(device))
     flags = syscalls.MS_NODEV | (0 if identity.disk_writable else syscalls.MS_RDONLY)
     try:
         syscalls.mount(device, target, "ext4", flags)
@@ -167,23 +170,6 @@ def _mount_root_disk(identity: Identity, settings: Settings) -> None:
             f"cannot mount {device} as ext4: {error.strerror}",
             serial=identity.disk,
         ) from error
-    if identity.disk_writable:
-        _attempt("size of the root disk", lambda: _fill_device(target, device))
-
-
-def _fill_device(mount_point: str, device: str) -> None:
-    """Let the mounted ext4 file system take all of its device, which may be longer than the image was."""
-    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        length = os.lseek(fd, 0, os.SEEK_END)
-    finally:
-        os.close(fd)
-    blocks = length // os.statvfs(mount_point).f_frsize
-    fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(fd, _EXT4_IOC_RESIZE_FS, struct.pack("Q", blocks))
-    finally:
-        os.close(fd)
 
 
 def _prepare_root_disk(identity: Identity, root: Root) -> None:
