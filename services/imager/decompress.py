@@ -1,8 +1,8 @@
-"""Turns a layer blob into its tar bytes, verified, in a thread of its own.
+"""Turns a layer blob into its tar bytes, verified, in two threads beside the parser's.
 
 The blob's size and sha256 and the tar's sha256 (the diff id) are computed on the way, so a blob
 is read once; a mismatch is raised at the end of the stream, before anything made from it may be
-used. ISA-L, zstd and sha256 release the interpreter's lock, so this runs beside the parser. ISA-L
+used. ISA-L, zstd and sha256 release the interpreter's lock, so all three run at once. ISA-L
 inflates in less than half of zlib's time: 0.35 s instead of 0.95 s for the 240 MB of a base system.
 """
 
@@ -21,20 +21,45 @@ from isal import igzip_lib
 
 from services.common.errors import Corrupt, Exhausted, VoidboxError
 
-_CHUNK: Final = 1 << 20
+_CHUNK: Final = 1 << 20  # larger ones leave the processor's cache before they are hashed
 _INPUT: Final = 1 << 18
 _DEPTH: Final = 4  # chunks ahead of the parser: 4 MiB
 _ZSTD_WINDOW: Final = 1 << 27  # `zstd --long` without a special flag for the reader
 _END: Final = None
 
 
+class _Hasher:
+    """Two sha256 sums, of the blob and of the tar, computed in a thread of their own."""
+
+    def __init__(self) -> None:
+        self.blob = hashlib.sha256()
+        self.tar = hashlib.sha256()
+        self._queue: queue.Queue[tuple[hashlib._Hash, bytes] | None] = queue.Queue(_DEPTH)
+        self._thread = threading.Thread(target=self._run, name="layer-hasher", daemon=True)
+        self._thread.start()
+
+    def add(self, target: hashlib._Hash, data: bytes) -> None:
+        """Go on with `self.blob` or `self.tar`."""
+        self._queue.put((target, data))
+
+    def finish(self) -> None:
+        """Wait until all is in the sums; nothing may be added any more. Twice does no harm."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            item[0].update(item[1])
+
+
 class _HashingReader(io.RawIOBase):
     """Counts and hashes what passes; never reads past `size` + 1 bytes."""
 
-    def __init__(self, source: BinaryIO, size: int) -> None:
+    def __init__(self, source: BinaryIO, size: int, hasher: _Hasher) -> None:
         self._source = source
         self._left = size + 1
-        self.sha256 = hashlib.sha256()
+        self._hasher = hasher
         self.count = 0
 
     def readable(self) -> bool:
@@ -44,12 +69,12 @@ class _HashingReader(io.RawIOBase):
         data = self._source.read(min(size if size >= 0 else _CHUNK, self._left))
         self._left -= len(data)
         self.count += len(data)
-        self.sha256.update(data)
+        self._hasher.add(self._hasher.blob, data)
         return data
 
 
 class LayerReader:
-    """Iterates over the decompressed bytes of one blob; a context manager that ends its thread.
+    """Iterates over the decompressed bytes of one blob; a context manager that ends its threads.
 
     Args:
         blob: The compressed (gzip, zstd) or plain tar; told apart by its first bytes, since
@@ -61,7 +86,7 @@ class LayerReader:
     """
 
     def __init__(self, blob: BinaryIO, *, digest: str, size: int, diff_id: str | None, limit: int) -> None:
-        self._raw = _HashingReader(blob, size)
+        self._blob = blob
         self._digest, self._size, self._diff_id, self._limit = digest, size, diff_id, limit
         self._queue: queue.Queue[bytes | VoidboxError | None] = queue.Queue(_DEPTH)
         self._stopped = threading.Event()
@@ -105,33 +130,35 @@ class LayerReader:
 
     def _run(self) -> None:
         outcome: VoidboxError | None = _END
+        hasher = _Hasher()
+        raw = _HashingReader(self._blob, self._size, hasher)
         try:
-            self._pump()
+            self._pump(raw, hasher)
         except VoidboxError as error:
             outcome = error
         except (igzip_lib.IsalError, zstandard.ZstdError, EOFError) as error:  # type: ignore[misc]
-            outcome = self._corrupt(f"cannot be decompressed: {error}")
+            outcome = self._mismatch(raw, hasher) or Corrupt(
+                f"layer {self._digest} cannot be decompressed: {error}", digest=self._digest
+            )
         except OSError as error:
             outcome = Corrupt(f"layer {self._digest} cannot be read: {error}", digest=self._digest)
         except BaseException as error:
             outcome = Corrupt(f"layer {self._digest}: {type(error).__name__}: {error}", digest=self._digest)
             raise
         finally:
+            hasher.finish()
             self._queue.put(outcome)
 
-    def _corrupt(self, what: str) -> Corrupt:
-        """`what`, or the wrong digest if that is the deeper cause."""
-        mismatch = self._mismatch()
-        return mismatch or Corrupt(f"layer {self._digest} {what}", digest=self._digest)
-
-    def _mismatch(self) -> Corrupt | None:
-        while self._raw.read(_CHUNK):
+    def _mismatch(self, raw: _HashingReader, hasher: _Hasher) -> Corrupt | None:
+        """What is wrong with the blob itself, read to its end: a deeper cause than any other."""
+        while raw.read(_CHUNK):
             pass
-        found = f"sha256:{self._raw.sha256.hexdigest()}"
-        if self._raw.count != self._size:
-            more = "at least " if self._raw.count > self._size else ""
+        hasher.finish()
+        found = f"sha256:{hasher.blob.hexdigest()}"
+        if raw.count != self._size:
+            more = "at least " if raw.count > self._size else ""
             return Corrupt(
-                f"layer {self._digest} has {more}{self._raw.count} bytes, its descriptor says {self._size}",
+                f"layer {self._digest} has {more}{raw.count} bytes, its descriptor says {self._size}",
                 reason="WRONG_SIZE",
                 digest=self._digest,
             )
@@ -141,9 +168,8 @@ class LayerReader:
             )
         return None
 
-    def _pump(self) -> None:
-        diff = hashlib.sha256()
-        for data in _decompressed(self._raw):
+    def _pump(self, raw: _HashingReader, hasher: _Hasher) -> None:
+        for data in _decompressed(raw):
             if self._stopped.is_set():
                 return
             self.unpacked_bytes += len(data)
@@ -154,11 +180,11 @@ class LayerReader:
                     reason="IMAGE_TOO_LARGE",
                     digest=self._digest,
                 )
-            diff.update(data)
+            hasher.add(hasher.tar, data)
             self._queue.put(data)
-        if mismatch := self._mismatch():
+        if mismatch := self._mismatch(raw, hasher):
             raise mismatch
-        found = f"sha256:{diff.hexdigest()}"
+        found = f"sha256:{hasher.tar.hexdigest()}"
         if self._diff_id is not None and found != self._diff_id:
             raise Corrupt(
                 f"layer {self._digest} unpacks to {found}, the image's config says {self._diff_id}",

@@ -44,9 +44,15 @@ class Disk:
     size_bytes: int
 
 
-def disk_key(diff_ids: Sequence[str], free_mib: int) -> str:
+def disk_key(diff_ids: Sequence[str], free_mib: int, *, read_only: bool = False) -> str:
     """Hex digits that name the disk of these layers."""
-    inputs = {"writer": WRITER_VERSION, "format": "ext4", "diff_ids": list(diff_ids), "free_mib": free_mib}
+    format_name = "ext4, read-only" if read_only else "ext4"
+    inputs = {
+        "writer": WRITER_VERSION,
+        "format": format_name,
+        "diff_ids": list(diff_ids),
+        "free_mib": free_mib,
+    }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -69,6 +75,7 @@ def build_disk(
     layers: Sequence[LayerBlob],
     *,
     free_mib: int = DEFAULT_FREE_MIB,
+    read_only: bool = False,
     limits: Limits,
     cancel: Cancel,
     report: Report = silent,
@@ -76,6 +83,10 @@ def build_disk(
     """The disk of `layers`, lowest first, which are in the cache; built if it is not there yet.
 
     Blocks; use a thread. One process builds a disk, others wait for it.
+
+    Args:
+        free_mib: Room to leave for what a box writes.
+        read_only: No box will ever write: no room at all, and the file system says so to every kernel.
 
     Raises:
         Corrupt: a layer is damaged; it has been removed from the cache.
@@ -85,7 +96,8 @@ def build_disk(
     """
     if not 0 <= free_mib <= 1 << 20:
         raise InvalidInput(f"free_mib is {free_mib}; it must be 0 to {1 << 20}", reason="BAD_SIZE")
-    key = disk_key([layer.diff_id for layer in layers], free_mib)
+    free_mib = 0 if read_only else free_mib
+    key = disk_key([layer.diff_id for layer in layers], free_mib, read_only=read_only)
     with cache.lock(f"disk-{key}", cancel):
         if (found := find_disk(cache, key)) is not None:
             return found
@@ -97,6 +109,7 @@ def build_disk(
                 layers,
                 key,
                 free_bytes=free_mib * MIB,
+                read_only=read_only,
                 limits=limits,
                 cancel=cancel,
                 report=report,
@@ -120,13 +133,14 @@ def write_disk(
     key: str,
     *,
     free_bytes: int,
+    read_only: bool = False,
     limits: Limits,
     cancel: Cancel,
     report: Report,
 ) -> ImageSize:
     """Merge the layers into an ext4 image in `file`, which is empty; `key` names it."""
-    seed = hashlib.sha256(f"voidbox ext4 {key}".encode()).digest()
-    writer = Ext4Writer(file, uuid=_uuid(seed[:16]), hash_seed=seed[16:])
+    uuid, hash_seed = disk_seeds(key)
+    writer = Ext4Writer(file, uuid=uuid, hash_seed=hash_seed)
     merger = LayerMerger(writer, limits, cancel)
     for layer in layers:
         path = cache.blob_path(layer.digest)
@@ -148,7 +162,7 @@ def write_disk(
                 raise
         report(_progress(layer, layer.size))
     report(Progress(subject="disk", action="finish", done=0, total=1))
-    size = writer.finish(merger.tree, free_bytes=free_bytes)
+    size = writer.finish(merger.tree, free_bytes=free_bytes, read_only=read_only)
     report(Progress(subject="disk", action="finish", done=1, total=1))
     return size
 
@@ -172,6 +186,12 @@ class _Counting:
             self._reported = self._count
             self._report(_progress(self._layer, self._count))
         return data
+
+
+def disk_seeds(key: str) -> tuple[bytes, bytes]:
+    """UUID and directory hash seed of the disk that `key` names."""
+    seed = hashlib.sha256(f"voidbox ext4 {key}".encode()).digest()
+    return _uuid(seed[:16]), seed[16:]
 
 
 def _uuid(raw: bytes) -> bytes:

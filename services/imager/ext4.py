@@ -130,13 +130,16 @@ class Ext4Writer:
             written = os.writev(descriptor, waiting)
         self._waiting, self._waiting_bytes = [], 0
 
-    def finish(self, tree: Tree, *, size_bytes: int | None = None, free_bytes: int = 0) -> ImageSize:
+    def finish(
+        self, tree: Tree, *, size_bytes: int | None = None, free_bytes: int = 0, read_only: bool = False
+    ) -> ImageSize:
         """Write all metadata of `tree`, which must not change afterwards.
 
         Args:
             tree: What the image holds; `lost+found` is added.
             size_bytes: Length of the image; None to let the contents and `free_bytes` decide.
             free_bytes: Room to leave for what will be written later.
+            read_only: Kernels must never mount it for writing; it has no spare inodes then.
 
         Raises:
             InvalidInput: `size_bytes` is too small, or the tree holds what ext4 cannot.
@@ -160,6 +163,7 @@ class Ext4Writer:
             free_bytes=free_bytes,
             uuid=self._uuid,
             hash_seed=self._hash_seed,
+            read_only=read_only,
         )
         groups = GroupTables(
             geometry,

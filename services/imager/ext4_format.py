@@ -34,6 +34,7 @@ COMPAT: Final = 0x8 | 0x20 | 0x200  # ext_attr, dir_index, sparse_super2
 INCOMPAT: Final = 0x2 | 0x40 | 0x80 | 0x200  # filetype, extents, 64bit, flex_bg
 # sparse_super, large_file, huge_file, dir_nlink, extra_isize, metadata_csum
 RO_COMPAT: Final = 0x1 | 0x2 | 0x8 | 0x20 | 0x40 | 0x400
+READ_ONLY: Final = 0x1000  # of RO_COMPAT: EXT4_FEATURE_RO_COMPAT_READONLY
 
 EXTENTS_FLAG: Final = 0x80000
 INDEX_FLAG: Final = 0x1000
@@ -56,6 +57,7 @@ class Geometry:
         free_inodes: Not used by anything.
         uuid: 16 bytes; also seeds all checksums.
         hash_seed: 16 bytes, for hashed directories.
+        read_only: No kernel may mount it for writing.
     """
 
     blocks: int
@@ -64,6 +66,7 @@ class Geometry:
     free_inodes: int
     uuid: bytes
     hash_seed: bytes
+    read_only: bool = False
 
     @property
     def groups(self) -> int:
@@ -96,7 +99,8 @@ def pack_superblock(geometry: Geometry) -> bytes:
     put("<HHHHHH", block, 0x34, 0, 0xFFFF, 0xEF53, 1, 1, 0)  # never a check by mount count; clean; continue
     put("<III", block, 0x48, 0, 1, 0)  # Linux, dynamic revision
     put("<IHH", block, 0x54, FIRST_INODE, INODE_SIZE, 0)
-    put("<III", block, 0x5C, COMPAT, INCOMPAT, RO_COMPAT)
+    ro_compat = RO_COMPAT | (READ_ONLY if geometry.read_only else 0)
+    put("<III", block, 0x5C, COMPAT, INCOMPAT, ro_compat)
     block[0x68:0x78] = geometry.uuid
     block[0xEC:0xFC] = geometry.hash_seed
     put("<BBH", block, 0xFC, 1, 0, GROUP_DESC_SIZE)  # half MD4
@@ -118,7 +122,8 @@ def unpack_superblock(block: bytes) -> Geometry:
         raise ValueError("no ext4 superblock")
     if struct.unpack_from("<I", block, 0x3FC)[0] != crc32c(ALL_ONES, block[:0x3FC]):
         raise ValueError("the ext4 superblock is damaged")
-    if struct.unpack_from("<III", block, 0x5C) != (COMPAT, INCOMPAT, RO_COMPAT):
+    compat, incompat, ro_compat = struct.unpack_from("<III", block, 0x5C)
+    if (compat, incompat, ro_compat & ~READ_ONLY) != (COMPAT, INCOMPAT, RO_COMPAT):
         raise ValueError("the ext4 file system has other features than this version writes")
     blocks_high, _, free_high = struct.unpack_from("<III", block, 0x150)
     return Geometry(
@@ -128,6 +133,7 @@ def unpack_superblock(block: bytes) -> Geometry:
         free_inodes=struct.unpack_from("<I", block, 0x10)[0],
         uuid=block[0x68:0x78],
         hash_seed=block[0xEC:0xFC],
+        read_only=bool(ro_compat & READ_ONLY),
     )
 
 

@@ -25,7 +25,7 @@ DEFAULT_GROUP_INODES: Final = 8192  # one for 16 KiB, as mke2fs does
 
 
 def plan_geometry(*, data_end: int, used_inodes: int, size_bytes: int | None, free_bytes: int, uuid: bytes,
-                  hash_seed: bytes) -> Geometry:  # fmt: skip
+                  hash_seed: bytes, read_only: bool = False) -> Geometry:  # fmt: skip
     """The smallest file system that holds everything and is as large as asked; nothing counted as free yet.
 
     Args:
@@ -33,16 +33,21 @@ def plan_geometry(*, data_end: int, used_inodes: int, size_bytes: int | None, fr
         used_inodes: Number of the last inode in use.
         size_bytes: Length asked for; as small as possible if None.
         free_bytes: Room to leave, if `size_bytes` is None.
+        read_only: Nothing will be added: no spare inodes.
 
     Raises:
         InvalidInput: it cannot be as small, or as large, as asked.
     """
-    wanted = -(-(used_inodes + SPARE_INODES) // INODES_PER_BLOCK) * INODES_PER_BLOCK
+    wanted = -(-(used_inodes + (0 if read_only else SPARE_INODES)) // INODES_PER_BLOCK) * INODES_PER_BLOCK
+    least = INODES_PER_BLOCK if read_only else DEFAULT_GROUP_INODES
     asked = 0 if size_bytes is None else size_bytes // BLOCK
     groups = max(1, -(-asked // GROUP_BLOCKS), -(-wanted // MAX_GROUP_INODES))
     while True:
         share = -(-wanted // groups)
-        per_group = max(DEFAULT_GROUP_INODES, -(-share // INODES_PER_BLOCK) * INODES_PER_BLOCK)
+        per_group = max(
+            INODES_PER_BLOCK if read_only else DEFAULT_GROUP_INODES,
+            -(-share // INODES_PER_BLOCK) * INODES_PER_BLOCK,
+        )
         end = data_end + groups * (2 + per_group // INODES_PER_BLOCK)
         end += free_bytes // BLOCK if size_bytes is None else 0
         blocks = max(asked, end, (groups - 1) * GROUP_BLOCKS + 1)
@@ -67,6 +72,7 @@ def plan_geometry(*, data_end: int, used_inodes: int, size_bytes: int | None, fr
         free_inodes=groups * per_group - used_inodes,
         uuid=uuid,
         hash_seed=hash_seed,
+        read_only=read_only,
     )
 
 
