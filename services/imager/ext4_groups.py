@@ -44,10 +44,7 @@ def plan_geometry(*, data_end: int, used_inodes: int, size_bytes: int | None, fr
     groups = max(1, -(-asked // GROUP_BLOCKS), -(-wanted // MAX_GROUP_INODES))
     while True:
         share = -(-wanted // groups)
-        per_group = max(
-            INODES_PER_BLOCK if read_only else DEFAULT_GROUP_INODES,
-            -(-share // INODES_PER_BLOCK) * INODES_PER_BLOCK,
-        )
+        per_group = max(least, -(-share // INODES_PER_BLOCK) * INODES_PER_BLOCK)
         end = data_end + groups * (2 + per_group // INODES_PER_BLOCK)
         end += free_bytes // BLOCK if size_bytes is None else 0
         blocks = max(asked, end, (groups - 1) * GROUP_BLOCKS + 1)
