@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from guest import boot, log, syscalls
+from guest.arrival import wait_for
 from guest.errors import AgentError, Code, invalid, not_found
 from guest.root import Root
 from guest.settings import Settings
@@ -21,6 +22,7 @@ from guest.users import with_sandbox, with_sandbox_group
 
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
+_OUR_HOSTS = re.compile(r"127\.0\.0\.1\tlocalhost [A-Za-z0-9-]+\n::1\tlocalhost\n")
 _DIRECTORIES = (
     ("/proc", 0o555), ("/sys", 0o555), ("/dev", 0o755), ("/tmp", 0o1777), ("/run", 0o755), ("/etc", 0o755),  # noqa: S108
     ("/home", 0o755), ("/home/sandbox", 0o755), ("/workspace", 0o755), ("/root", 0o700),
@@ -78,7 +80,7 @@ class Confirmation(NamedTuple):
 def apply(identity: Identity, settings: Settings, root: Root | None) -> tuple[Confirmation, Root]:
     """Put the identity in force and open the root that programs run in. Blocks.
 
-    `root` is the one in use if the box has been claimed before: disks are mounted once.
+    `root` is the one in use if the box has been claimed before: a disk is mounted once.
 
     On a machine that is not ours (a test) nothing of the machine is changed, and the
     confirmation says so.
@@ -95,7 +97,7 @@ def apply(identity: Identity, settings: Settings, root: Root | None) -> tuple[Co
     clock = _attempt("clock", lambda: time.clock_settime_ns(time.CLOCK_REALTIME, identity.wall_clock_ns))
     entropy = len(identity.entropy) >= 32 and _attempt("entropy", lambda: _add_entropy(identity.entropy))
     hostname = bool(identity.hostname) and _attempt("hostname", lambda: socket.sethostname(identity.hostname))
-    if root is None and identity.disk:
+    if identity.disk and (root is None or root.path != settings.root_disk):
         _mount_root_disk(identity, settings)
         # The disk's own tree is the programs' and callers' root: the agent's files are not in it.
         root = Root(settings.root_disk, ())
@@ -115,11 +117,15 @@ def apply(identity: Identity, settings: Settings, root: Root | None) -> tuple[Co
 
 
 def find_disk(serial: str) -> str:
-    """The block device with this virtio serial.
+    """The block device with this virtio serial; waits for one that is being plugged in. Blocks.
 
     Raises:
         AgentError: NOT_FOUND.
     """
+    return wait_for(lambda: _find_disk(serial), lambda error: isinstance(error, AgentError))
+
+
+def _find_disk(serial: str) -> str:
     for name in sorted(os.listdir("/sys/block")):
         try:
             with open(f"/sys/block/{name}/serial") as file:
@@ -223,7 +229,8 @@ def _make_user(identity: Identity, root: Root) -> None:
 
 def _write_hosts(identity: Identity, root: Root) -> None:
     """Give `localhost` and the host name an address, unless the image has its own file."""
-    if identity.hostname and not root.read_text("/etc/hosts").strip():
+    hosts = root.read_text("/etc/hosts")
+    if identity.hostname and (not hosts.strip() or _OUR_HOSTS.fullmatch(hosts)):
         _replace(root, "/etc/hosts", f"127.0.0.1\tlocalhost {identity.hostname}\n::1\tlocalhost\n", 0o644)
 
 

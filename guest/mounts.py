@@ -7,6 +7,7 @@ import errno
 import os
 
 from guest import boot, identity, syscalls
+from guest.arrival import wait_for
 from guest.errors import AgentError, Code, from_os_error, invalid, not_found
 from guest.root import Root, check
 from guest.settings import Settings
@@ -116,7 +117,11 @@ class Mounts:
         try:
             if kind == SHARE_9P:
                 boot.load_lazy(self._settings, "9p")
-                syscalls.mount(source, target, "9p", flags, _OPTIONS_9P)
+                wait_for(
+                    lambda: syscalls.mount(source, target, "9p", flags, _OPTIONS_9P),
+                    # What the kernel says of a mount tag that no device has.
+                    lambda error: isinstance(error, OSError) and error.errno == errno.ENOENT,
+                )
             elif kind == SHARE_VIRTIOFS:
                 boot.load_lazy(self._settings, "virtiofs")
                 syscalls.mount(source, target, "virtiofs", flags)

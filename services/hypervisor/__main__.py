@@ -19,18 +19,22 @@ from services.common.errors import InvalidInput, VoidboxError
 from services.common.paths import Paths
 from services.common.server import serve, until_signalled
 from services.common.supervision import supervised
+from services.hypervisor.admission import Host
 from services.hypervisor.config import Config
 from services.hypervisor.identities import Identities
+from services.hypervisor.launcher import DriverFactory
 from services.hypervisor.layout import Layout
+from services.hypervisor.pool import Bounds
 from services.hypervisor.probe import Prober
 from services.hypervisor.qemu import QemuDriver
-from services.hypervisor.registry import DriverFactory, Registry
+from services.hypervisor.registry import Registry
 from services.hypervisor.routing import GUEST_SERVICE, BoxForwarder
 from services.hypervisor.servicer import HypervisorServicer
 from voidbox.hypervisor.v1 import hypervisor_pb2, hypervisor_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+ROOMY_CPUS, ROOMY_MIB = 4, 8192
 HYPERVISOR = hypervisor_pb2.DESCRIPTOR.services_by_name["HypervisorService"].full_name
 
 
@@ -62,6 +66,7 @@ async def running(
             identities,
             memory_overcommit=config.memory_overcommit,
             parallel_starts=config.parallel_starts or max(2, len(os.sched_getaffinity(0))),
+            pool=pool_bounds(config, Host.measure()),
             templates=config.templates,
             driver=driver,
         ) as registry:
@@ -75,6 +80,27 @@ async def running(
                 token=token,
             ) as bound:
                 yield bound
+
+
+def pool_bounds(config: Config, host: Host) -> Bounds:
+    """What the warm pool may take.
+
+    Raises:
+        InvalidInput: a setting that cannot be.
+    """
+    if not -1 <= config.pool_size <= 64:
+        raise InvalidInput("pool_size must be -1 to 64", reason="BAD_CONFIG")
+    if not 1 <= config.pool_idle_seconds <= 86400 or not config.pool_memory_mib >= 0:
+        raise InvalidInput(
+            "pool_idle_seconds must be 1 to 86400, pool_memory_mib not negative", reason="BAD_CONFIG"
+        )
+    # Filling it costs a second of a processor each time, which a small host rather gives to its boxes.
+    roomy = host.cpus >= ROOMY_CPUS and host.memory_mib >= ROOMY_MIB
+    return Bounds(
+        size=int(roomy) if config.pool_size < 0 else config.pool_size,
+        idle_seconds=config.pool_idle_seconds,
+        memory_mib=config.pool_memory_mib or host.memory_mib // 8,
+    )
 
 
 async def _main(config: Config, paths: Paths) -> None:

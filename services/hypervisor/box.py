@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from services.common.errors import Cancelled, Internal, TimedOut, Unavailable, VoidboxError, WrongState
 from services.hypervisor import failure, layout, prepare, record, stats
-from services.hypervisor.claim import Guest, Identity
+from services.hypervisor.claim import SECRET_BYTES, Guest, Identity
 from services.hypervisor.driver import Driver, Machine, MachinePlan
 from services.hypervisor.failure import Remains
 from services.hypervisor.layout import Layout
@@ -101,10 +102,10 @@ class Box:
         self._machine = machine = await driver.start(plan, self._spawned)
         self._update(vmm_pid=machine.vmm_pid)
         log.info("machine %s boots, to be saved", self.id)
-        guest = Guest(machine.guest_channel(), b"")
+        guest = Guest(machine.guest_channel(), bytes.fromhex(into.facts["secret"]))
         try:
-            # An answer, not only a connection: what answering needs is then in the saved memory.
-            await self._unless_ended(guest.boot_id(seconds))
+            # What a claim and a program need is then in the saved memory.
+            await self._unless_ended(guest.rehearse(seconds))
         except TimedOut as error:
             raise failure.boot_timeout(self.id, seconds, machine.remains()) from error
         finally:
@@ -120,24 +121,76 @@ class Box:
         if time.monotonic() > deadline:
             raise failure.boot_timeout(self.id, seconds, machine.remains())
 
+    async def wait_in_pool(self, driver: Driver, plan: MachinePlan, seconds: float) -> None:
+        """Restore a machine that nobody has claimed, and stop it once its agent has answered.
+
+        Raises:
+            VoidboxError: it did not come up; call `destroy`.
+        """
+        self._machine = machine = await driver.start(plan, self._spawned)
+        self._update(vmm_pid=machine.vmm_pid)
+        self._guest = guest = Guest(machine.guest_channel(), secrets.token_bytes(SECRET_BYTES))
+        await self._unless_ended(guest.rehearse(seconds, plan.former))
+        await self._unless_ended(machine.pause())
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has a machine that has not ended."""
+        return self._machine is not None and not self._machine.ended.is_set()
+
+    def _take_over(self, pooled: Box) -> tuple[Machine, Guest]:
+        """The machine of one from the pool, whose directory is ours already."""
+        assert pooled._machine is not None
+        assert pooled._guest is not None
+        machine, pooled._machine = pooled._machine, None
+        guest, pooled._guest = pooled._guest, None
+        machine.moved(self.directory)
+        self._machine = machine
+        theirs = pooled.record
+        self._update(cid=theirs.cid, shim_pid=theirs.shim_pid, shim_start=theirs.shim_start)
+        return machine, guest
+
     async def start(
-        self, driver: Driver, plan: MachinePlan, identity: Identity, seconds: float, phases: Phases
+        self,
+        driver: Driver,
+        plan: MachinePlan,
+        identity: Identity,
+        seconds: float,
+        phases: Phases,
+        pooled: Box | None = None,
     ) -> None:
-        """Boot the machine, claim its guest and have it mount what is attached.
+        """Bring the machine up, claim its guest and have it mount what is attached.
+
+        Args:
+            driver: Starts machines.
+            plan: The machine.
+            identity: Who the guest shall be.
+            seconds: How long all this may take.
+            phases: Notes how long each part took.
+            pooled: Has a machine to take over instead of starting one.
 
         Raises:
             VoidboxError: it did not come up; call `destroy`.
         """
         deadline = time.monotonic() + seconds
-        self._machine = machine = await driver.start(plan, self._spawned)
+        if pooled is not None:
+            machine, waiting = self._take_over(pooled)
+            former = waiting.metadata[0][1]
+            self._guest = guest = Guest(waiting.channel, identity.secret)
+            await self._unless_ended(machine.complete(plan))
+        else:
+            former = plan.former
+            self._machine = machine = await driver.start(plan, self._spawned)
+            self._guest = guest = Guest(machine.guest_channel(), identity.secret)
         self._update(vmm_pid=machine.vmm_pid, phases=phases.done)
-        self._guest = guest = Guest(machine.guest_channel(), identity.secret)
         try:
-            claimed = await self._unless_ended(guest.claim(identity, max(0.1, deadline - time.monotonic())))
+            claimed = await self._unless_ended(
+                guest.claim(identity, max(0.1, deadline - time.monotonic()), former)
+            )
         except TimedOut as error:
             raise failure.boot_timeout(self.id, seconds, machine.remains()) from error
         record.write_atomically(self.directory / layout.SECRET_FILE, identity.secret)
-        phases.add("claim" if plan.saved else "boot")
+        phases.add("claim" if plan.saved or pooled else "boot")
         attachments = prepare.attachments(self.record.config)
         for attachment in attachments:
             await self._unless_ended(guest.mount(attachment))

@@ -26,6 +26,14 @@ class Config:
     templates: bool = setting(
         True, "restore boxes from a machine that was booted once and saved; off: each box boots"
     )
+    pool_size: int = setting(
+        -1,
+        "restored machines that wait for a box, per template; -1: one on a host of 4 CPUs and 8 GiB, else 0",
+    )
+    pool_idle_seconds: float = setting(600.0, "seconds after which machines that no box has taken are ended")
+    pool_memory_mib: int = setting(
+        0, "memory that all that wait may take, in MiB; 0: an eighth of the host's"
+    )
     memory_overcommit: float = setting(
         1.0,
         "memory promised to boxes may reach this multiple of the host's; guests take only what they touch",

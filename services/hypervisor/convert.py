@@ -248,8 +248,8 @@ def probe(result: ProbeResult) -> hypervisor_pb2.Probe:
     return hypervisor_pb2.Probe(name=result.name, usable=result.usable, detail=result.detail)
 
 
-def template(value: Template) -> hypervisor_pb2.Template:
-    """A template as clients see it."""
+def template(value: Template, pooled: int) -> hypervisor_pb2.Template:
+    """A template as clients see it; `pooled` of its machines wait."""
     return hypervisor_pb2.Template(
         id=value.id,
         kernel_path=value.kernel_path,
@@ -258,6 +258,7 @@ def template(value: Template) -> hypervisor_pb2.Template:
         create_time=timestamp(value.create_time),
         use_time=timestamp(value.use_time),
         size_bytes=value.size_bytes,
+        pooled=pooled,
     )
 
 

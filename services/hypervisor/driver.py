@@ -45,6 +45,11 @@ class MachinePlan:
     restored_disks: int = 0
     note: Callable[[str], None] = lambda _phase: None
 
+    @property
+    def former(self) -> bytes:
+        """The secret of the saved machine's guest; empty if nobody has claimed it."""
+        return bytes.fromhex(self.saved.facts["secret"]) if self.saved is not None else b""
+
 
 class NotRestored(Unavailable):
     """A saved machine could not be brought back to life; nothing of the new one runs."""
@@ -77,6 +82,14 @@ class Machine(Protocol):
 
     async def paused(self) -> bool:
         """Whether its processors are stopped."""
+        ...
+
+    def moved(self, directory: Path) -> None:
+        """Note that its directory has been renamed to `directory`."""
+        ...
+
+    async def complete(self, plan: MachinePlan) -> None:
+        """Plug the disks of `plan` into a machine that was restored without any, and let it go on."""
         ...
 
     async def save(self, into: Saved) -> None:

@@ -118,6 +118,7 @@ async def prepare(
     cid: int,
     fallback: Identity,
     stack: contextlib.ExitStack,
+    boots: bool = True,
     saved: Saved | None = None,
     note: Callable[[str], None] = lambda _phase: None,
 ) -> tuple[MachinePlan, tuple[int, int] | None]:
@@ -126,7 +127,8 @@ async def prepare(
     Args:
         stack: Closes the descriptors.
         fallback: Who the machine runs as if no mount decides.
-        saved: What the machine is restored from; without it, it boots.
+        boots: Whether it boots, and so needs a kernel.
+        saved: What it is restored from.
         note: Hears of the phases of the machine's start.
 
     Returns:
@@ -144,7 +146,7 @@ async def prepare(
     mount_fds = [own(inputs.open_mount(mount)) for mount in config.mounts]
     identity, same_user = inputs.machine_identity(zip(config.mounts, mount_fds, strict=True), fallback)
     kernel = initramfs = None
-    if saved is None:
+    if boots:
         kernel, initramfs = await _boot_files(config, identity, stack)
     disk_fds: list[tuple[int, int | None]] = []
     for number, disk in enumerate(all_disks(config)):

@@ -323,6 +323,16 @@ class QemuMachine:
         status = await self._monitor.execute("query-status")
         return isinstance(status, dict) and status.get("status") == "paused"
 
+    def moved(self, directory: Path) -> None:
+        """See `Machine.moved`."""
+        self._directory = directory
+
+    async def complete(self, plan: MachinePlan) -> None:
+        """See `Machine.complete`."""
+        await self._monitor.plug(_disk_devices(plan), ())
+        await self._monitor.execute("cont")
+        plan.note("plug")
+
     async def save(self, into: Saved) -> None:
         """See `Machine.save`."""
         assert self._vsock is not None

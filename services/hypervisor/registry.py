@@ -4,42 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
+import dataclasses
 import logging
 import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.common.errors import AlreadyExists, Cancelled, Internal, NotFound, VoidboxError
+from services.common.errors import AlreadyExists, Cancelled, Exhausted, Internal, NotFound, VoidboxError
 from services.hypervisor import admission, prepare, record
 from services.hypervisor.admission import Host
 from services.hypervisor.box import DEFAULT_STOP_GRACE, Box, Phases
-from services.hypervisor.claim import Identity
-from services.hypervisor.driver import Driver, NotRestored
 from services.hypervisor.identities import Identities
+from services.hypervisor.launcher import DriverFactory, Launcher
 from services.hypervisor.layout import Layout
-from services.hypervisor.model import Accelerator, BoxConfig, BoxRecord, check_box_id
+from services.hypervisor.model import BoxConfig, BoxRecord, check_box_id
 from services.hypervisor.pidfd import host_boot_id, kill_now
+from services.hypervisor.pool import Bounds
 from services.hypervisor.probe import Prober
-from services.hypervisor.programs import Programs
 from services.hypervisor.qemu import QemuDriver
-from services.hypervisor.saved import Saved
 from services.hypervisor.states import BoxState
-from services.hypervisor.templates import Key, Template, Templates, make_key
 from services.hypervisor.watch import Watchers
 
 log = logging.getLogger(__name__)
 
 DEFAULT_START_SECONDS = 120.0
 STOPPED_BY_CALLER = "stopped on request"
-
-
-DriverFactory = Callable[[Programs | None], Driver]
-"""Makes a driver; without programs it only has to adopt."""
 
 
 @dataclass(slots=True)
@@ -64,6 +57,7 @@ class Registry:
         *,
         memory_overcommit: float,
         parallel_starts: int,
+        pool: Bounds,
         templates: bool = True,
         driver: DriverFactory = QemuDriver,
     ) -> None:
@@ -76,16 +70,25 @@ class Registry:
         self._starts = asyncio.Semaphore(parallel_starts)
         self._boxes: dict[str, Box] = {}
         self._creations: dict[str, _Creation] = {}
-        self._by_template = templates
-        self._building: dict[str, Box] = {}
-        self.templates = Templates(layout)
+        self.launcher = Launcher(
+            layout,
+            prober,
+            identities,
+            driver,
+            self._starts,
+            bounds=pool,
+            templates=templates,
+            free_cid=self._free_cid,
+            check_room=self._check_room,
+            quiet=self._quiet,
+        )
         self.watchers = Watchers()
 
     async def __aenter__(self) -> Registry:
         self._layout.make()
         await asyncio.to_thread(self._layout.empty_trash)
         await asyncio.to_thread(_end_machines, self._layout)
-        await asyncio.to_thread(self.templates.clean)
+        await asyncio.to_thread(self.launcher.templates.clean)
         found = [await asyncio.to_thread(self._read, box_id) for box_id in self._layout.box_ids()]
         records = sorted((each for each in found if each is not None), key=lambda each: each.create_time)
         for each in records:
@@ -134,7 +137,7 @@ class Registry:
         await asyncio.gather(*(each.task for each in self._creations.values()), return_exceptions=True)
         for box in self._boxes.values():
             await box.let_go()
-        await self.templates.close()
+        await self.launcher.close()
 
     # Reading
 
@@ -160,9 +163,7 @@ class Registry:
     def room(self) -> tuple[Host, admission.Room]:
         """The host and the room left on it."""
         host = Host.measure()
-        machines = (*self._boxes.values(), *self._building.values())
-        living = [(box.record, box.resident_mib()) for box in machines if box.record.state.alive]
-        return host, admission.room(host, living, self._overcommit)
+        return host, admission.room(host, self._living(), self._overcommit)
 
     # Changing
 
@@ -197,10 +198,7 @@ class Registry:
 
     def _admit(self, box_id: str, config: BoxConfig, start_seconds: float) -> _Creation:
         """Reserve the id and the memory; no other call comes between check and reservation."""
-        prepare.check_config(config)
-        host, left = self.room()
-        admission.check_resources(config.resources, host)
-        admission.check_room(config.resources, host, left, self._overcommit)
+        self._check_room(config)
         admission.check_disk(self._layout.boxes)
         fresh = BoxRecord(
             id=box_id,
@@ -235,7 +233,7 @@ class Registry:
             phases = Phases()
             async with self._starts:
                 phases.add("queue")
-                await self._start(box, start_seconds, phases)
+                await self.launcher.start(box, start_seconds, phases)
         except BaseException as error:
             stopped = isinstance(error, asyncio.CancelledError)
             await box.destroy("stopped while it was starting" if stopped else str(error))
@@ -246,122 +244,43 @@ class Registry:
                 raise record.full_disk(error, self._layout.boxes) from error
             raise
 
-    async def _start(self, box: Box, start_seconds: float, phases: Phases) -> None:
-        config = box.record.config
-        found = await self._prober.programs()
-        accelerator = await self._prober.accelerator(config.kernel_path, config.accelerator)
-        transport = self._prober.transport()
-        driver = self._driver(found)
-        self._layout.make()
-        box.directory.mkdir(mode=0o700)
-        templated = self._by_template and not config.cold_boot
-        box.begin(accelerator=accelerator, transport=transport, origin="template" if templated else "boot")
-        deadline = time.monotonic() + start_seconds
+    def _free_cid(self) -> int:
+        taken = {box.record.cid for box in (*self._boxes.values(), *self.launcher.machines.values())}
+        return prepare.choose_cid(taken, self._identities)
 
-        async def run(saved: Saved | None) -> None:
-            with contextlib.ExitStack() as stack:
-                if saved is not None:
-                    stack.callback(saved.close)
-                plan, user = await prepare.prepare(
-                    box.id,
-                    config,
-                    box.directory,
-                    programs=found,
-                    accelerator=accelerator,
-                    transport=transport,
-                    cid=box.record.cid,
-                    fallback=self._identities.of(box.record.cid),
-                    stack=stack,
-                    saved=saved,
-                    note=phases.add,
-                )
-                phases.add("prepare")
-                identity = _identity(box.id, config, user)
-                await box.start(driver, plan, identity, max(0.1, deadline - time.monotonic()), phases)
-
-        if not templated:
-            await run(None)
-            return
-        key = await self._key(config, found, accelerator)
-        template = await self.templates.get(
-            key, functools.partial(self._boot_into, box, driver, phases, deadline)
-        )
-        try:
-            await run(template)
-        except NotRestored as error:
-            log.warning("template %s is built again: %s", key.id, error.message)
-            await self.templates.discard(key.id)
-            await asyncio.to_thread(self._layout.clear_disks, box.directory)
-            await box.begin_again()
-            await run(None)
-
-    async def _key(self, config: BoxConfig, found: Programs, accelerator: Accelerator) -> Key:
-        return await asyncio.to_thread(make_key, config, found, accelerator, self.templates.digests)
-
-    async def _boot_into(
-        self, box: Box, driver: Driver, phases: Phases, deadline: float, into: Saved
-    ) -> None:
-        """Boot and save the machine that `box` and its like are restored from, in its place."""
-        with contextlib.ExitStack() as stack:
-            plan = await prepare.prepare_template(
-                box.id,
-                box.record.config,
-                box.directory,
-                accelerator=box.record.accelerator,
-                transport=box.record.transport,
-                cid=box.record.cid,
-                identity=self._identities.of(box.record.cid),
-                into=into,
-                stack=stack,
-                note=lambda name: phases.add(f"template-{name}"),
-            )
-            await box.boot_into(driver, plan, into, max(0.1, deadline - time.monotonic()))
-
-    async def build_template(self, config: BoxConfig, seconds: float) -> Template:
-        """Make sure that there is a template for boxes like `config`.
+    def _check_room(self, config: BoxConfig) -> None:
+        """Refuse what the host has no room for; what only waits in the pool makes room.
 
         Raises:
-            InvalidInput: the configuration is wrong.
-            Exhausted: the host has no room.
-            VoidboxError: it did not come up.
+            InvalidInput: this host can never give that.
+            Exhausted: it cannot give that now.
         """
-        found = await self._prober.programs()
-        accelerator = await self._prober.accelerator(config.kernel_path, config.accelerator)
-        key = await self._key(config, found, accelerator)
-        deadline = time.monotonic() + seconds
-
-        async def build(into: Saved) -> None:
-            host, left = self.room()
-            admission.check_resources(config.resources, host)
+        prepare.check_config(config)
+        host, left = self.room()
+        admission.check_resources(config.resources, host)
+        try:
             admission.check_room(config.resources, host, left, self._overcommit)
-            box = self._machine(f"template-{secrets.token_hex(5)}", config)
-            try:
-                async with self._starts:
-                    await asyncio.to_thread(box.directory.mkdir, mode=0o700)
-                    box.begin(accelerator=accelerator, transport=self._prober.transport())
-                    await self._boot_into(box, self._driver(found), Phases(), deadline, into)
-            finally:
-                await box.destroy("it was for a template only")
-                await asyncio.to_thread(shutil.rmtree, box.directory, ignore_errors=True)
-                del self._building[box.id]
+        except Exhausted:
+            released = self.launcher.pool.clear()
+            if not released:
+                raise
+            back = sum(box.resident_mib() for box in released)
+            host = dataclasses.replace(host, available_mib=host.available_mib + back)
+            left = admission.room(host, self._living(without=released), self._overcommit)
+            admission.check_room(config.resources, host, left, self._overcommit)
 
-        (await self.templates.get(key, build)).close()
-        for each in await self.templates.all():
-            if each.id == key.id:
-                return each
-        raise Internal(f"template {key.id} could not be written; see the hypervisor's log", reason="LOST")
+    def _living(self, without: Collection[Box] = ()) -> list[tuple[BoxRecord, int]]:
+        machines = (*self._boxes.values(), *self.launcher.machines.values())
+        return [
+            (box.record, box.resident_mib())
+            for box in machines
+            if box.record.state.alive and box not in without
+        ]
 
-    def _machine(self, name: str, config: BoxConfig) -> Box:
-        """A machine that is no box (yet); it counts for admission until it is removed."""
-        record = BoxRecord(
-            id=name, config=config, create_time=time.time(), cid=self._free_cid(), host_boot_id=host_boot_id()
-        )
-        self._building[name] = box = Box(record, self._layout.machines / name, lambda _: None)
-        return box
-
-    def _free_cid(self) -> int:
-        taken = {box.record.cid for box in (*self._boxes.values(), *self._building.values())}
-        return prepare.choose_cid(taken, self._identities)
+    async def _quiet(self) -> None:
+        """Return when no box is being started."""
+        while self._creations:
+            await asyncio.wait([each.task for each in self._creations.values()])
 
     async def stop(self, box_id: str, grace: float = DEFAULT_STOP_GRACE) -> BoxRecord:
         """End a box. Idempotent.
@@ -409,17 +328,6 @@ class Registry:
         """
         present: Iterable[Box] = [self.get(box_id)] if box_id else self._boxes.values()
         return self.watchers.follow([box.record for box in present], box_id)
-
-
-def _identity(box_id: str, config: BoxConfig, user: tuple[int, int] | None) -> Identity:
-    return Identity(
-        box_id=box_id,
-        hostname=config.hostname or box_id,
-        user=user,
-        root_serial=prepare.ROOT_SERIAL if config.root_disk else "",
-        root_writable=bool(config.root_disk and config.root_disk.writable),
-        env=config.env,
-    )
 
 
 def _end_machines(layout: Layout) -> None:

@@ -142,22 +142,25 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
         seconds = DEFAULT_START_SECONDS
         if request.HasField("start_timeout"):
             seconds = convert.seconds(request.start_timeout, "start_timeout")
-        template = await self._registry.build_template(convert.read_config(request.config), seconds)
-        return pb.BuildTemplateResponse(template=convert.template(template))
+        launcher = self._registry.launcher
+        template = await launcher.build_template(convert.read_config(request.config), seconds)
+        return pb.BuildTemplateResponse(template=convert.template(template, launcher.pool.count(template.id)))
 
     async def ListTemplates(
         self, request: pb.ListTemplatesRequest, context: Context
     ) -> pb.ListTemplatesResponse:
         """Lists templates."""
-        templates = await self._registry.templates.all()
+        launcher = self._registry.launcher
+        templates = await launcher.templates.all()
         found, token = convert.page(templates, request.page_size, request.page_token)
-        return pb.ListTemplatesResponse(templates=map(convert.template, found), next_page_token=token)
+        answer = [convert.template(each, launcher.pool.count(each.id)) for each in found]
+        return pb.ListTemplatesResponse(templates=answer, next_page_token=token)
 
     async def DeleteTemplate(
         self, request: pb.DeleteTemplateRequest, context: Context
     ) -> pb.DeleteTemplateResponse:
         """Removes a template."""
-        await self._registry.templates.delete(request.template_id)
+        await self._registry.launcher.delete_template(request.template_id)
         return pb.DeleteTemplateResponse()
 
     async def CreateSnapshot(

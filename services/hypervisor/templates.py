@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -23,6 +24,7 @@ from typing import Any
 from services.common.errors import InvalidInput, NotFound, VoidboxError
 from services.hypervisor import argv, inputs, saved
 from services.hypervisor.argv import MachineConfig
+from services.hypervisor.claim import SECRET_BYTES
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import Accelerator, BoxConfig
 from services.hypervisor.programs import Programs
@@ -223,6 +225,8 @@ class Templates:
             "initramfs_path": key.initramfs_path,
             "vcpus": _vcpus(key.facts),
             "create_time": time.time(),
+            # Of nobody: the guest is claimed once before it is saved, and by each box with this one.
+            "secret": secrets.token_hex(SECRET_BYTES),
         }
         template = saved.empty(key.memory_mib, facts)
         try:

@@ -36,7 +36,8 @@ class FakeGuest(guest_pb2_grpc.GuestServiceServicer):
         self.broken: VoidboxError | None = None
 
     async def Claim(self, request: guest_pb2.ClaimRequest, context: Any) -> guest_pb2.ClaimResponse:  # noqa: N802
-        self.claims.append(request)
+        if not request.rehearsal:
+            self.claims.append(request)
         values: dict[str, Any] = {
             "hostname_set": True,
             "machine_id_set": True,
@@ -58,13 +59,18 @@ class FakeGuest(guest_pb2_grpc.GuestServiceServicer):
         return guest_pb2.GetGuestResponse(boot_id=BOOT_ID, claimed=True)
 
     async def Exec(self, requests: Any, context: Any) -> AsyncIterator[guest_pb2.ExecResponse]:  # noqa: N802
-        async for _ in requests:
+        async for request in requests:
+            if request.start.exec_id == claim.REHEARSAL:
+                return
             yield guest_pb2.ExecResponse(event=guest_pb2.ExecEvent(started=guest_pb2.ExecStarted(pid=1)))
         await self.hold.wait()
 
     async def Connect(self, requests: Any, context: Any) -> AsyncIterator[guest_pb2.ConnectResponse]:  # noqa: N802
         async for request in requests:
             yield guest_pb2.ConnectResponse(data=request.data)
+
+    async def DeleteExec(self, request: Any, context: Any) -> guest_pb2.DeleteExecResponse:  # noqa: N802
+        return guest_pb2.DeleteExecResponse()
 
     async def Shutdown(self, request: Any, context: Any) -> guest_pb2.ShutdownResponse:  # noqa: N802
         asyncio.get_running_loop().call_later(0.01, self.on_shutdown)
@@ -109,6 +115,13 @@ class FakeMachine:
 
     async def paused(self) -> bool:
         return self._paused
+
+    def moved(self, directory: Path) -> None:
+        self.directory = directory
+
+    async def complete(self, plan: MachinePlan) -> None:
+        self._paused = False
+        plan.note("plug")
 
     async def save(self, into: Saved) -> None:
         os.pwrite(into.devices_fd, b"fake devices", 0)

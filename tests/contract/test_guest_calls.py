@@ -21,6 +21,7 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from guest.rpc import SECRET_KEY
 from tests.contract.guest_process import (
     METADATA,
     SECRET,
@@ -134,9 +135,14 @@ async def test_a_second_claim_needs_the_secret_in_force(agent: AgentProcess) -> 
             await client.stub.Claim(pb.ClaimRequest(secret=bytes(32)))
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert reason(caught.value).reason == "CLAIMED"
-        # Nor by a caller that knows it: the claim itself has to carry it.
-        with pytest.raises(aio.AioRpcError):
-            await client.stub.Claim(pb.ClaimRequest(secret=bytes(32)), metadata=METADATA)
+        # A caller that knows it may make the box somebody else, whom only the new secret reaches.
+        other = ((SECRET_KEY, bytes(32)),)
+        await client.stub.Claim(pb.ClaimRequest(secret=bytes(32)), metadata=METADATA)
+        await client.stub.GetGuest(pb.GetGuestRequest(), metadata=other)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await client.stub.GetGuest(pb.GetGuestRequest(), metadata=METADATA)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        await client.stub.Claim(pb.ClaimRequest(secret=dict(METADATA)[SECRET_KEY]), metadata=other)
         await client.claim(env={"AGAIN": "1"})
         result = await client.sh("printf %s $AGAIN")
         assert result.stdout == b"1"

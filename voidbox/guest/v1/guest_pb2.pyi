@@ -213,6 +213,7 @@ class ClaimRequest(google.protobuf.message.Message):
     DEFAULT_USER_FIELD_NUMBER: builtins.int
     ROOT_DISK_FIELD_NUMBER: builtins.int
     ENV_FIELD_NUMBER: builtins.int
+    REHEARSAL_FIELD_NUMBER: builtins.int
     secret: builtins.bytes
     """32 random bytes that every later call carries in metadata `voidbox-secret-bin`."""
     box_id: builtins.str
@@ -223,6 +224,10 @@ class ClaimRequest(google.protobuf.message.Message):
     """16 bytes for /etc/machine-id."""
     entropy: builtins.bytes
     """32 or more bytes to seed the kernel's random generator with."""
+    rehearsal: builtins.bool
+    """Whether another claim will follow, on this machine or on those restored from it: the
+    boot id, which the kernel makes up when it is first read, is not asked for.
+    """
     @property
     def wall_clock(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """The wall clock now."""
@@ -251,9 +256,10 @@ class ClaimRequest(google.protobuf.message.Message):
         default_user: global___User | None = ...,
         root_disk: global___RootDisk | None = ...,
         env: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        rehearsal: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["default_user", b"default_user", "root_disk", b"root_disk", "wall_clock", b"wall_clock"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "default_user", b"default_user", "entropy", b"entropy", "env", b"env", "hostname", b"hostname", "machine_id", b"machine_id", "root_disk", b"root_disk", "secret", b"secret", "wall_clock", b"wall_clock"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "default_user", b"default_user", "entropy", b"entropy", "env", b"env", "hostname", b"hostname", "machine_id", b"machine_id", "rehearsal", b"rehearsal", "root_disk", b"root_disk", "secret", b"secret", "wall_clock", b"wall_clock"]) -> None: ...
 
 global___ClaimRequest = ClaimRequest
 

@@ -159,7 +159,8 @@ class GuestServiceServicer(object):
     def Claim(self, request, context):
         """Gives a fresh or restored box its identity; the first call on a new connection path.
         The agent confirms each item, and refuses a second claim with FAILED_PRECONDITION
-        unless the claim carries the secret in force. Called by the hypervisor only.
+        unless the claim carries the secret in force, in metadata `voidbox-secret-bin` or as its
+        own. Called by the hypervisor only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

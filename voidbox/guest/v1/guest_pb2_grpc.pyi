@@ -31,7 +31,8 @@ class GuestServiceStub:
     ]
     """Gives a fresh or restored box its identity; the first call on a new connection path.
     The agent confirms each item, and refuses a second claim with FAILED_PRECONDITION
-    unless the claim carries the secret in force. Called by the hypervisor only.
+    unless the claim carries the secret in force, in metadata `voidbox-secret-bin` or as its
+    own. Called by the hypervisor only.
     """
 
     GetGuest: grpc.UnaryUnaryMultiCallable[
@@ -183,7 +184,8 @@ class GuestServiceAsyncStub:
     ]
     """Gives a fresh or restored box its identity; the first call on a new connection path.
     The agent confirms each item, and refuses a second claim with FAILED_PRECONDITION
-    unless the claim carries the secret in force. Called by the hypervisor only.
+    unless the claim carries the secret in force, in metadata `voidbox-secret-bin` or as its
+    own. Called by the hypervisor only.
     """
 
     GetGuest: grpc.aio.UnaryUnaryMultiCallable[
@@ -337,7 +339,8 @@ class GuestServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[voidbox.guest.v1.guest_pb2.ClaimResponse, collections.abc.Awaitable[voidbox.guest.v1.guest_pb2.ClaimResponse]]:
         """Gives a fresh or restored box its identity; the first call on a new connection path.
         The agent confirms each item, and refuses a second claim with FAILED_PRECONDITION
-        unless the claim carries the secret in force. Called by the hypervisor only.
+        unless the claim carries the secret in force, in metadata `voidbox-secret-bin` or as its
+        own. Called by the hypervisor only.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,318 @@
+"""Brings machines up for boxes: from the pool, from a template, or by booting them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from services.common.errors import Internal, VoidboxError
+from services.hypervisor import prepare
+from services.hypervisor.box import Box, Phases
+from services.hypervisor.claim import Identity
+from services.hypervisor.driver import Driver, NotRestored
+from services.hypervisor.identities import Identities
+from services.hypervisor.layout import Layout
+from services.hypervisor.model import Accelerator, BoxConfig, BoxRecord, Transport
+from services.hypervisor.pidfd import host_boot_id
+from services.hypervisor.pool import Bounds, Pool
+from services.hypervisor.probe import Prober
+from services.hypervisor.programs import Programs
+from services.hypervisor.saved import Saved
+from services.hypervisor.templates import Key, Template, Templates, make_key
+
+log = logging.getLogger(__name__)
+
+# A restored machine answers within a second under emulation; one for the pool has no caller who waits.
+POOL_SECONDS = 60.0
+
+DriverFactory = Callable[[Programs | None], Driver]
+"""Makes a driver; without programs it only has to adopt."""
+
+
+class Launcher:
+    """Starts the machines of boxes, and those that are no boxes: templates' and the pool's.
+
+    `machines` are the latter, by name; each has a directory below `Layout.machines`.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        prober: Prober,
+        identities: Identities,
+        driver: DriverFactory,
+        starts: asyncio.Semaphore,
+        *,
+        bounds: Bounds,
+        templates: bool,
+        free_cid: Callable[[], int],
+        check_room: Callable[[BoxConfig], None],
+        quiet: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._layout = layout
+        self._prober = prober
+        self._identities = identities
+        self._driver = driver
+        self._starts = starts
+        self._by_template = templates
+        self._free_cid = free_cid
+        self._check_room = check_room
+        self.machines: dict[str, Box] = {}
+        self.templates = Templates(layout)
+        self.pool = Pool(bounds, make=self._make_pooled, end=self._end, quiet=quiet)
+
+    async def close(self) -> None:
+        """End the pool and let go of the templates."""
+        await self.pool.close()
+        await self.templates.close()
+
+    async def start(self, box: Box, seconds: float, phases: Phases) -> None:
+        """Bring a box up, in the directory that is to be its.
+
+        Raises:
+            VoidboxError: it did not come up; call `Box.destroy` and remove the directory.
+        """
+        config = box.record.config
+        deadline = time.monotonic() + seconds
+        found = await self._prober.programs()
+        accelerator = await self._prober.accelerator(config.kernel_path, config.accelerator)
+        self._layout.make()
+        launch = _Launch(
+            box, deadline, phases, found, self._driver(found), accelerator, self._prober.transport()
+        )
+        if not self._by_template or config.cold_boot:
+            self._begin(launch, "boot")
+            await self._run(launch, None)
+            return
+        key = await self._key(config, found, accelerator)
+        # Who a machine is decides what it may read of a mount, and the pool's are somebody already.
+        pooled = None if config.mounts else self.pool.take(key.id)
+        if pooled is None or not await self._run_pooled(launch, pooled):
+            await self._run_restored(launch, key)
+        self.pool.want(key, config)
+
+    def _begin(self, launch: _Launch, origin: str) -> None:
+        launch.box.directory.mkdir(mode=0o700)
+        launch.box.begin(accelerator=launch.accelerator, transport=launch.transport, origin=origin)
+
+    async def _run_restored(self, launch: _Launch, key: Key) -> None:
+        box = launch.box
+        self._begin(launch, "template")
+        template = await self.templates.get(key, functools.partial(self._boot_into, launch))
+        try:
+            await self._run(launch, template)
+        except NotRestored as error:
+            log.warning("template %s is removed: %s", key.id, error.message)
+            await self.templates.discard(key.id)
+            self.pool.forget(key.id)
+            await asyncio.to_thread(self._layout.clear_disks, box.directory)
+            await box.begin_again()
+            await self._run(launch, None)
+
+    async def _run_pooled(self, launch: _Launch, pooled: Box) -> bool:
+        """Whether the box got the machine; if not, it died at that moment and nothing of it is left."""
+        box = launch.box
+        try:
+            pooled.directory.rename(box.directory)
+            box.begin(accelerator=launch.accelerator, transport=launch.transport, origin="pool")
+            await self._run(launch, None, pooled)
+        except VoidboxError as error:
+            if box.runs or pooled.runs:
+                raise
+            log.warning("box %s: the machine from the pool has died: %s", box.id, error.message)
+            await box.begin_again()
+            await asyncio.to_thread(shutil.rmtree, box.directory)
+            return False
+        finally:
+            await self._end(pooled)
+        return True
+
+    async def _run(self, launch: _Launch, saved: Saved | None, pooled: Box | None = None) -> None:
+        box, phases = launch.box, launch.phases
+        cid = (pooled or box).record.cid
+        with contextlib.ExitStack() as stack:
+            if saved is not None:
+                stack.callback(saved.close)
+            plan, user = await prepare.prepare(
+                box.id,
+                box.record.config,
+                box.directory,
+                programs=launch.programs,
+                accelerator=launch.accelerator,
+                transport=launch.transport,
+                cid=cid,
+                fallback=self._identities.of(cid),
+                stack=stack,
+                boots=saved is None and pooled is None,
+                saved=saved,
+                note=phases.add,
+            )
+            phases.add("prepare")
+            identity = _identity(box.id, box.record.config, user)
+            await box.start(launch.driver, plan, identity, launch.left(), phases, pooled)
+
+    async def _key(self, config: BoxConfig, found: Programs, accelerator: Accelerator) -> Key:
+        return await asyncio.to_thread(make_key, config, found, accelerator, self.templates.digests)
+
+    async def _boot_into(self, launch: _Launch, into: Saved) -> None:
+        """Boot and save the machine that the box and its like are restored from, in the box's place."""
+        box = launch.box
+        with contextlib.ExitStack() as stack:
+            plan = await prepare.prepare_template(
+                box.id,
+                box.record.config,
+                box.directory,
+                accelerator=launch.accelerator,
+                transport=launch.transport,
+                cid=box.record.cid,
+                identity=self._identities.of(box.record.cid),
+                into=into,
+                stack=stack,
+                note=lambda name: launch.phases.add(f"template-{name}"),
+            )
+            await box.boot_into(launch.driver, plan, into, launch.left())
+
+    # Machines that are no boxes
+
+    async def build_template(self, config: BoxConfig, seconds: float) -> Template:
+        """Make sure that there is a template for boxes like `config`.
+
+        Raises:
+            InvalidInput: the configuration is wrong.
+            Exhausted: the host has no room.
+            VoidboxError: it did not come up.
+        """
+        deadline = time.monotonic() + seconds
+        found = await self._prober.programs()
+        accelerator = await self._prober.accelerator(config.kernel_path, config.accelerator)
+        self._layout.make()
+        key = await self._key(config, found, accelerator)
+
+        async def build(into: Saved) -> None:
+            async with self._starts:
+                launch = self._launch("template", config, found, accelerator, deadline)
+                try:
+                    self._begin(launch, "boot")
+                    await self._boot_into(launch, into)
+                finally:
+                    await self._end(launch.box)
+
+        (await self.templates.get(key, build)).close()
+        self.pool.want(key, config)
+        for each in await self.templates.all():
+            if each.id == key.id:
+                return each
+        raise Internal(f"template {key.id} could not be written; see the hypervisor's log", reason="LOST")
+
+    async def delete_template(self, template_id: str) -> None:
+        """Remove a template and what waits of it; boxes that were made from it go on.
+
+        Raises:
+            NotFound: there is none.
+        """
+        await self.templates.delete(template_id)
+        self.pool.forget(template_id)
+
+    async def _make_pooled(self, key: Key, config: BoxConfig) -> Box:
+        """A restored machine that waits for a box.
+
+        Raises:
+            Exhausted: there is no room for one.
+            VoidboxError: it did not come up.
+        """
+
+        async def missing(_into: Saved) -> None:
+            raise Internal(f"template {key.id} is gone", reason="LOST")
+
+        found = await self._prober.programs()
+        accelerator = await self._prober.accelerator(config.kernel_path, config.accelerator)
+        bare = BoxConfig(
+            kernel_path=config.kernel_path, initramfs_path=config.initramfs_path, resources=config.resources
+        )
+        template = await self.templates.get(key, missing)
+        with contextlib.ExitStack() as stack:
+            stack.callback(template.close)
+            launch = self._launch("pool", bare, found, accelerator, time.monotonic() + POOL_SECONDS)
+            box = launch.box
+            try:
+                self._begin(launch, "template")
+                plan, _ = await prepare.prepare(
+                    box.id,
+                    bare,
+                    box.directory,
+                    programs=found,
+                    accelerator=accelerator,
+                    transport=launch.transport,
+                    cid=box.record.cid,
+                    fallback=self._identities.of(box.record.cid),
+                    stack=stack,
+                    boots=False,
+                    saved=template,
+                )
+                await box.wait_in_pool(launch.driver, plan, launch.left())
+            except BaseException:
+                await self._end(box)
+                raise
+        return box
+
+    def _launch(
+        self, kind: str, config: BoxConfig, found: Programs, accelerator: Accelerator, deadline: float
+    ) -> _Launch:
+        """A machine that is no box (yet); it counts for admission until `_end`.
+
+        Raises:
+            Exhausted: there is no room for it.
+        """
+        self._check_room(config)
+        name = f"{kind}-{secrets.token_hex(5)}"
+        record = BoxRecord(
+            id=name, config=config, create_time=time.time(), cid=self._free_cid(), host_boot_id=host_boot_id()
+        )
+        self.machines[name] = box = Box(record, self._layout.machines / name, lambda _: None)
+        return _Launch(
+            box, deadline, Phases(), found, self._driver(found), accelerator, self._prober.transport()
+        )
+
+    async def _end(self, box: Box) -> None:
+        """End a machine that is no box, and remove all of it."""
+        try:
+            await box.destroy("it is not needed any more")
+        except VoidboxError as error:
+            log.error("machine %s: %s", box.id, error)
+        await asyncio.to_thread(shutil.rmtree, box.directory, ignore_errors=True)
+        self.machines.pop(box.id, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """One machine on its way: what `_run` and its like need."""
+
+    box: Box
+    deadline: float
+    phases: Phases
+    programs: Programs
+    driver: Driver
+    accelerator: Accelerator
+    transport: Transport
+
+    def left(self) -> float:
+        """Seconds until the caller gives up."""
+        return max(0.1, self.deadline - time.monotonic())
+
+
+def _identity(box_id: str, config: BoxConfig, user: tuple[int, int] | None) -> Identity:
+    return Identity(
+        box_id=box_id,
+        hostname=config.hostname or box_id,
+        user=user,
+        root_serial=prepare.ROOT_SERIAL if config.root_disk else "",
+        root_writable=bool(config.root_disk and config.root_disk.writable),
+        env=config.env,
+    )
