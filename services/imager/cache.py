@@ -4,6 +4,7 @@
     refs/<hex>.json      one reference on one platform: which manifest, since when
     disks/<hex>.ext4     one disk, with <hex>.json beside it
     agents/<hex>.ext4    the disk of an agent's program, likewise
+    guests/<hex>.json    one reference to a guest image: which it was
     tmp/                 what is being written, each file locked by its writer
     locks/               flock(2) files
 
@@ -27,12 +28,12 @@ from typing import Any, BinaryIO, Final
 
 from services.common.errors import Corrupt, Exhausted
 from services.imager.limits import Cancel
+from services.imager.lock import held
 from services.imager.reference import is_digest
 
 log = logging.getLogger(__name__)
 
 COLLECT_LOCK: Final = "collect"  # shared while pulling or building, exclusive while removing
-_WAIT_SECONDS: Final = 0.05  # between tries for a lock: flock(2) cannot be waited for and cancelled
 _FULL: Final = {
     28: "the disk is full",
     122: "the disk quota is used up",
@@ -46,7 +47,7 @@ class ImageCache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("blobs/sha256", "refs", "disks", "agents", "tmp", "locks"):
+        for name in ("blobs/sha256", "refs", "disks", "agents", "guests", "tmp", "locks"):
             (root / name).mkdir(parents=True, exist_ok=True)
         self._sweep()
 
@@ -84,7 +85,7 @@ class ImageCache:
         return data
 
     def read_record(self, kind: str, key: str) -> dict[str, Any] | None:
-        """A JSON record of `refs`, `disks` or `agents`; None if there is none or it cannot be read."""
+        """A JSON record of `refs`, `disks`, `agents` or `guests`; None if there is no sound one."""
         try:
             value = json.loads((self.root / kind / f"{key}.json").read_bytes())
         except FileNotFoundError:
@@ -178,19 +179,8 @@ class ImageCache:
         Raises:
             Cancelled: the caller cancelled while waiting.
         """
-        handle = os.open(self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            while True:
-                try:
-                    fcntl.flock(handle, how | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    cancel.event.wait(_WAIT_SECONDS)
-                    cancel.check()
+        with held(self.root / "locks" / name, cancel, shared=shared):
             yield
-        finally:
-            os.close(handle)
 
 
 def hex_part(digest: str) -> str:

@@ -11,6 +11,7 @@ from services.common.errors import InvalidInput
 from services.imager.disk import DEFAULT_FREE_MIB, Disk
 from services.imager.export import ExportFormat
 from services.imager.guest_choice import GuestChoice
+from services.imager.guest_store import GuestImage
 from services.imager.images import CachedImage
 from services.imager.manifest import Platform, host_default
 from services.imager.progress import Progress
@@ -160,6 +161,17 @@ def guest_to(choice: GuestChoice) -> imager_pb2.GuestImage:
         digest=digest,
         origin=choice.origin,
         kernel_version=choice.release,
+    )
+
+
+def guest_image_to(image: GuestImage) -> imager_pb2.GuestImage:
+    """A guest image of the cache."""
+    return imager_pb2.GuestImage(
+        kernel_path=str(image.kernel),
+        initramfs_path=str(image.initramfs),
+        digest=common_pb2.Digest(value=image.digest),
+        origin="image",
+        kernel_version=image.release,
     )
 
 

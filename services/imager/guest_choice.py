@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from services.common.errors import InvalidInput, NotBuilt, NotFound
-from services.imager.guest_store import load_guest_image
-from services.imager.reference import is_digest, parse_reference
+from services.common.errors import InvalidInput, NotFound
+from services.imager.guest_store import GuestImage, load_guest_image
+from services.imager.reference import is_digest
 
-_CURE: Final = "type `make guest` or `voidbox image build-guest`"
 _HEAD: Final = 1024
 
 
@@ -41,7 +41,14 @@ class Wish:
     initramfs: str
 
 
-def choose_guest(cache: Path, *, spec: Wish, environment: Wish, guest_image: str) -> GuestChoice:
+def choose_guest(
+    cache: Path,
+    *,
+    spec: Wish,
+    environment: Wish,
+    guest_image: str,
+    pull: Callable[[str], GuestImage],
+) -> GuestChoice:
     """The paths of the spec, else of the environment, else the guest image named, else the default.
 
     A kernel without an initramfs gets the default guest image's, so it must have its drivers built
@@ -51,13 +58,14 @@ def choose_guest(cache: Path, *, spec: Wish, environment: Wish, guest_image: str
         cache: The cache directory, which holds `guest/`.
         spec: `sandbox.kernel` and `sandbox.initramfs`.
         environment: `VOID_BOX_KERNEL` and `VOID_BOX_INITRAMFS`.
-        guest_image: `sandbox.guest_image`: a digest or `default`.
+        guest_image: `sandbox.guest_image`: a digest, `default`, or a reference to a registry.
+        pull: Brings the guest image that such a reference names.
 
     Raises:
         NotFound: what is named does not exist, or nothing is named and no default is built.
         InvalidInput: a path is relative, no regular file, or no kernel.
-        NotBuilt: `guest_image` is a reference to a registry.
         Corrupt: a guest image is damaged.
+        VoidboxError: what `pull` raises.
     """
     for origin, wish, names in (
         ("spec", spec, ("sandbox.kernel", "sandbox.initramfs")),
@@ -68,17 +76,15 @@ def choose_guest(cache: Path, *, spec: Wish, environment: Wish, guest_image: str
     if guest_image and guest_image != "default":
         if is_digest(guest_image):
             return _by_name(cache, guest_image, "image")
-        parse_reference(guest_image)
-        raise NotBuilt(
-            f"sandbox.guest_image {guest_image!r}: pulling guest images is not built in this version; "
-            f"{_CURE} and name its digest, or leave it out for the default",
-            reason="GUEST_PULL_NOT_BUILT",
-        )
+        return _of(pull(guest_image), "image")
     return _by_name(cache, "default", "default")
 
 
 def _by_name(cache: Path, name: str, origin: str) -> GuestChoice:
-    image = load_guest_image(cache, name)
+    return _of(load_guest_image(cache, name), origin)
+
+
+def _of(image: GuestImage, origin: str) -> GuestChoice:
     return GuestChoice(
         kernel=image.kernel,
         initramfs=image.initramfs,

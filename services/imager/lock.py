@@ -6,9 +6,36 @@ import asyncio
 import fcntl
 import os
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Final
+
+from services.imager.limits import Cancel
+
+_WAIT_SECONDS: Final = 0.05  # between tries for a lock: flock(2) cannot be waited for and cancelled
+
+
+@contextmanager
+def held(path: Path, cancel: Cancel, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock file `path`, from a thread; the kernel drops it with its holder.
+
+    Raises:
+        Cancelled: the caller cancelled while waiting.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        while True:
+            try:
+                fcntl.flock(handle, how | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                cancel.event.wait(_WAIT_SECONDS)
+                cancel.check()
+        yield
+    finally:
+        os.close(handle)
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from enum import Enum
@@ -28,7 +29,7 @@ from services.imager.reference import (
     parse_reference,
 )
 from services.imager.registry import RegistrySettings, RegistrySource
-from services.imager.sources import ResolvedImage, Source, resolve
+from services.imager.sources import Source, resolve
 
 
 class PullPolicy(Enum):
@@ -123,7 +124,7 @@ class ImageStore:
         with self._open(parsed, insecure, cancel) as source:
             resolved = resolve(source, wanted, str(parsed), self._limits)
             report(Progress(subject=str(parsed), action="resolve", done=1, total=1))
-            self._fetch_layers(source, resolved, str(parsed), cancel, report)
+            self.fetch(source, resolved.manifest.layers, str(parsed), cancel, report)
         self.cache.put_blob(resolved.manifest.config.digest, resolved.config_bytes)
         self.cache.put_blob(resolved.digest, resolved.manifest_bytes)
         self.catalog.remember(str(parsed), wanted, resolved.digest, time.time())
@@ -147,14 +148,15 @@ class ImageStore:
             parsed, insecure=insecure, settings=self._settings, limits=self._limits, cancel=cancel
         )
 
-    def _fetch_layers(
-        self, source: Source, resolved: ResolvedImage, where: str, cancel: Cancel, report: Report
+    def fetch(
+        self, source: Source, layers: Sequence[Descriptor], where: str, cancel: Cancel, report: Report
     ) -> None:
-        """Download what is missing, several at once; the first error ends the others."""
+        """Download what is missing of `layers`, several at once; the first error ends the others.
+
+        The caller holds the cache's `COLLECT_LOCK`, shared.
+        """
         missing = {
-            layer.digest: layer
-            for layer in resolved.manifest.layers
-            if not self.cache.has_blob(layer.digest, layer.size)
+            layer.digest: layer for layer in layers if not self.cache.has_blob(layer.digest, layer.size)
         }
         if not missing:
             return

@@ -14,8 +14,10 @@ from services.imager import convert
 from services.imager.compression import compression_from
 from services.imager.disk import Disk
 from services.imager.export import PIECE, Export, pieces
-from services.imager.guest_choice import GuestChoice, Wish, choose_guest
+from services.imager.guest_choice import Wish, choose_guest
 from services.imager.guest_image import build_guest_image
+from services.imager.guest_registry import GuestRegistry
+from services.imager.guest_store import GuestImage
 from services.imager.images import CachedImage
 from services.imager.jobs import Jobs
 from services.imager.limits import Cancel
@@ -23,7 +25,9 @@ from services.imager.outflow import outflow
 from services.imager.progress import Progress, Report
 from services.imager.prune import Housekeeper
 from services.imager.pull import ImageStore
+from services.imager.push import push_image
 from services.imager.verify import Verifier
+from voidbox.common.v1 import common_pb2
 from voidbox.imager.v1 import imager_pb2, imager_pb2_grpc
 
 Context = Any
@@ -47,6 +51,7 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
         self, store: ImageStore, jobs: Jobs, *, cache: Path, environment: Wish, build_env: Mapping[str, str]
     ) -> None:
         self._store = store
+        self._guests = GuestRegistry(store, cache)
         self._keeper = Housekeeper(store.catalog)
         self._verifier = Verifier(store.catalog, cache, store.limits)
         self._jobs = jobs
@@ -64,14 +69,35 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
             report=report,
         )
 
+    def _pull_any(self, request: Any, report: Report, cancel: Cancel) -> CachedImage | GuestImage:
+        """An image, or a guest image if that is what the reference names."""
+        try:
+            return self._pull(request, report, cancel)
+        except InvalidInput as error:
+            if error.reason != "NOT_AN_IMAGE":
+                raise
+            try:
+                return self._guests.pull(
+                    request.reference,
+                    policy=convert.policy_from(request.policy),
+                    platform=convert.platform_from(request.platform),
+                    insecure=request.insecure,
+                    cancel=cancel,
+                    report=report,
+                )
+            except InvalidInput as other:
+                raise (error if other.reason == "NOT_A_GUEST_IMAGE" else other) from None
+
     async def PullImage(
         self, request: imager_pb2.PullImageRequest, context: Context
     ) -> AsyncIterator[imager_pb2.PullImageResponse]:
-        work = self._jobs.stream(lambda report, cancel: self._pull(request, report, cancel))
+        work = self._jobs.stream(lambda report, cancel: self._pull_any(request, report, cancel))
         async with contextlib.aclosing(work) as items:
             async for item in items:
                 if isinstance(item, Progress):
                     yield imager_pb2.PullImageResponse(progress=convert.progress_to(item))
+                elif isinstance(item, GuestImage):
+                    yield imager_pb2.PullImageResponse(guest_image=convert.guest_image_to(item))
                 else:
                     yield imager_pb2.PullImageResponse(image=convert.image_to(item))
 
@@ -183,22 +209,22 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
             image = task.result()
         finally:
             task.cancel()
-        choice = GuestChoice(
-            kernel=image.kernel,
-            initramfs=image.initramfs,
-            digest=image.digest,
-            origin="image",
-            release=image.release,
-        )
-        yield imager_pb2.BuildGuestImageResponse(guest_image=convert.guest_to(choice))
+        yield imager_pb2.BuildGuestImageResponse(guest_image=convert.guest_image_to(image))
 
     async def ResolveGuestImage(
         self, request: imager_pb2.ResolveGuestImageRequest, context: Context
     ) -> imager_pb2.ResolveGuestImageResponse:
         wish = Wish(kernel=request.kernel_path, initramfs=request.initramfs_path)
-        choice = await self._jobs.run(
-            lambda _: choose_guest(
-                self._cache, spec=wish, environment=self._environment, guest_image=request.guest_image
+        policy = convert.policy_from(request.policy)
+        choice = await self._jobs.run_long(
+            lambda cancel: choose_guest(
+                self._cache,
+                spec=wish,
+                environment=self._environment,
+                guest_image=request.guest_image,
+                pull=lambda reference: self._guests.pull(
+                    reference, policy=policy, insecure=request.insecure, cancel=cancel
+                ),
             )
         )
         return imager_pb2.ResolveGuestImageResponse(guest_image=convert.guest_to(choice))
@@ -206,8 +232,30 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
     async def PushImage(
         self, request: imager_pb2.PushImageRequest, context: Context
     ) -> AsyncIterator[imager_pb2.PushImageResponse]:
-        raise NotBuilt("pushing images is not built in this version")
-        yield  # makes it a generator
+        if request.guest_image:
+
+            def push(report: Report, cancel: Cancel) -> str:
+                return self._guests.push(
+                    request.source, request.reference, insecure=request.insecure, cancel=cancel, report=report
+                )
+        else:
+
+            def push(report: Report, cancel: Cancel) -> str:
+                return push_image(
+                    self._store,
+                    request.source,
+                    request.reference,
+                    insecure=request.insecure,
+                    cancel=cancel,
+                    report=report,
+                )
+
+        async with contextlib.aclosing(self._jobs.stream(push)) as items:
+            async for item in items:
+                if isinstance(item, Progress):
+                    yield imager_pb2.PushImageResponse(progress=convert.progress_to(item))
+                else:
+                    yield imager_pb2.PushImageResponse(digest=common_pb2.Digest(value=item))
 
     async def BuildAgentImage(
         self, request: imager_pb2.BuildAgentImageRequest, context: Context

@@ -371,9 +371,20 @@ async def test_an_export_that_nobody_reads_to_its_end_leaves_nothing(imager: Ima
     assert list((imager.cache / "images/tmp").iterdir()) == []
 
 
+async def test_push_refuses_clearly(imager: Imager) -> None:
+    """Pushing itself is tested with registries."""
+    await imager.pull()
+    for request, error, why in (
+        ({"source": "absent", "reference": "localhost:1/x"}, NotFound, "voidbox image ls"),
+        ({"source": imager.reference, "reference": "oci:/x"}, InvalidInput, "image export"),
+        ({"source": imager.reference, "reference": "localhost:1/x"}, Unavailable, "not reachable"),
+        ({"source": "default", "reference": "localhost:1/x", "guest_image": True}, NotFound, "make guest"),
+    ):
+        with pytest.raises(error, match=why):
+            await imager.all(imager.stub.PushImage(pb.PushImageRequest(**request)))
+
+
 async def test_what_is_not_built_says_so(imager: Imager) -> None:
-    with pytest.raises(NotBuilt, match="not built"):
-        await imager.all(imager.stub.PushImage(pb.PushImageRequest(source="a", reference="b")))
     with pytest.raises(NotBuilt, match="not built"):
         await imager.all(imager.stub.BuildAgentImage(pb.BuildAgentImageRequest(agent="codex")))
 

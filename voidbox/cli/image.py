@@ -35,6 +35,7 @@ def image_command(context: Context) -> int:
     """One of the image commands."""
     commands = {
         "pull": _pull,
+        "push": _push,
         "ls": _list,
         "inspect": _inspect,
         "rm": _remove,
@@ -67,7 +68,12 @@ async def _pull(context: Context, client: Client) -> None:
         policy=_POLICIES[context.args.policy],
         insecure=context.args.insecure,
     )
-    image = await _follow(context.screen, _messages(client.imager.PullImage(request)), "image")
+    kind, image = await _follow(
+        context.screen, _messages(client.imager.PullImage(request)), "image", "guest_image"
+    )
+    if kind == "guest_image":
+        _show_guest(context, image)
+        return
     context.screen.result(f"{image.reference} {image.digest.value}", _plain(image))
 
 
@@ -75,7 +81,25 @@ async def _build_guest(context: Context, client: Client) -> None:
     request = pb.BuildGuestImageRequest(
         kernel=_KERNELS[context.args.kernel], make_default=not context.args.no_default
     )
-    image = await _follow(context.screen, _messages(client.imager.BuildGuestImage(request)), "guest_image")
+    _, image = await _follow(context.screen, _messages(client.imager.BuildGuestImage(request)), "guest_image")
+    _show_guest(context, image)
+
+
+async def _push(context: Context, client: Client) -> None:
+    args = context.args
+    request = pb.PushImageRequest(
+        source=args.source if args.guest else local_reference(args.source),
+        reference=args.reference,
+        insecure=args.insecure,
+        guest_image=args.guest,
+    )
+    _, digest = await _follow(context.screen, _messages(client.imager.PushImage(request)), "digest")
+    context.screen.result(
+        f"{args.reference} {digest.value}", {"reference": args.reference, "digest": digest.value}
+    )
+
+
+def _show_guest(context: Context, image: pb.GuestImage) -> None:
     context.screen.result(
         f"guest image {image.digest.value} with kernel {image.kernel_version}\n"
         f"{image.kernel_path}\n{image.initramfs_path}",
@@ -180,13 +204,13 @@ async def _messages(call: Any) -> AsyncIterator[Any]:
         call.cancel()
 
 
-async def _follow(screen: Screen, messages: AsyncIterator[Any], wanted: str) -> Any:
-    """Show progress until the message with the result comes."""
+async def _follow(screen: Screen, messages: AsyncIterator[Any], *wanted: str) -> tuple[str, Any]:
+    """Show progress until the message with the result comes; its kind and the result."""
     with Bars(screen) as bars:
         async for message in messages:
             kind = message.WhichOneof("result")
-            if kind == wanted:
-                return getattr(message, kind)
+            if kind in wanted:
+                return kind, getattr(message, kind)
             bars.show(message.progress)
     raise AssertionError("the stream ended without a result and without an error")
 

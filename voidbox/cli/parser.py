@@ -269,6 +269,11 @@ def _add_image(image: Parser, shared: list[Parser]) -> None:
     pull.add_argument(
         "--policy", choices=("always", "missing", "never"), default="always", help="when to ask"
     )
+    push = add("push", "Send a cached image, or a guest image, to a registry.")
+    push.add_argument("source", metavar="SOURCE", help="reference or digest; of a guest image or 'default'")
+    push.add_argument("reference", metavar="REF", help="where to: HOST/NAME[:TAG]")
+    push.add_argument("--guest", action="store_true", help="SOURCE is a guest image: its digest, or default")
+    push.add_argument("--insecure", action="store_true", help="allow plain HTTP")
     add("ls", "List cached images.")
     inspect = add("inspect", "Show a cached image.")
     inspect.add_argument("reference", metavar="REF", help="reference or digest")

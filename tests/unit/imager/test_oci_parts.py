@@ -24,7 +24,6 @@ from services.common.errors import (
     Corrupt,
     Exhausted,
     InvalidInput,
-    NotBuilt,
     NotFound,
     VoidboxError,
 )
@@ -44,6 +43,7 @@ from services.imager.ext4_format import (
 )
 from services.imager.ext4_groups import count_bits, gaps, set_bits
 from services.imager.guest_choice import Wish, choose_guest
+from services.imager.guest_store import GuestImage, load_guest_image
 from services.imager.jobs import Jobs
 from services.imager.limits import Cancel
 from services.imager.progress import Progress, Report
@@ -331,23 +331,28 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def no_pull(reference: str) -> GuestImage:
+    """For what needs no registry."""
+    raise AssertionError(f"{reference} is not to be pulled")
+
+
 def test_what_is_named_first_wins(files: Path) -> None:
     spec = Wish(kernel=str(files / "vmlinux"), initramfs=str(files / "initramfs"))
     environment = Wish(kernel=str(files / "bzImage"), initramfs=str(files / "initramfs"))
     digest = "sha256:" + "ab" * 32
-    chosen = choose_guest(files, spec=spec, environment=environment, guest_image=digest)
+    chosen = choose_guest(files, spec=spec, environment=environment, guest_image=digest, pull=no_pull)
     assert (chosen.origin, chosen.kernel, chosen.digest) == ("spec", files / "vmlinux", "")
-    chosen = choose_guest(files, spec=NONE, environment=environment, guest_image=digest)
+    chosen = choose_guest(files, spec=NONE, environment=environment, guest_image=digest, pull=no_pull)
     assert (chosen.origin, chosen.kernel) == ("environment", files / "bzImage")
-    chosen = choose_guest(files, spec=NONE, environment=NONE, guest_image=digest)
+    chosen = choose_guest(files, spec=NONE, environment=NONE, guest_image=digest, pull=no_pull)
     assert (chosen.origin, chosen.digest, chosen.release) == ("image", digest, "6.1")
-    chosen = choose_guest(files, spec=NONE, environment=NONE, guest_image="")
+    chosen = choose_guest(files, spec=NONE, environment=NONE, guest_image="", pull=no_pull)
     assert (chosen.origin, chosen.digest) == ("default", digest)
 
 
 def test_a_kernel_alone_gets_the_default_initramfs(files: Path) -> None:
     wish = Wish(kernel=str(files / "vmlinux"), initramfs="")
-    chosen = choose_guest(files, spec=wish, environment=NONE, guest_image="")
+    chosen = choose_guest(files, spec=wish, environment=NONE, guest_image="", pull=no_pull)
     assert chosen.initramfs.name == "initramfs.cpio"
 
 
@@ -366,20 +371,29 @@ def test_what_is_named_and_wrong_is_an_error_never_passed_over(
 ) -> None:
     wish = Wish(kernel=kernel and str(files / kernel), initramfs=initramfs and str(files / initramfs))
     with pytest.raises(error, match=why):
-        choose_guest(files, spec=wish, environment=NONE, guest_image="default")
+        choose_guest(files, spec=wish, environment=NONE, guest_image="default", pull=no_pull)
 
 
-def test_relative_paths_and_references_to_pull_are_refused(files: Path) -> None:
+def test_relative_paths_and_absent_digests_are_refused(files: Path) -> None:
     with pytest.raises(InvalidInput, match=r"VOID_BOX_KERNEL.*absolute"):
-        choose_guest(files, spec=NONE, environment=Wish(kernel="vmlinux", initramfs=""), guest_image="")
-    with pytest.raises(NotBuilt, match="build-guest"):
-        choose_guest(files, spec=NONE, environment=NONE, guest_image="ghcr.io/a/guest:1")
-    with pytest.raises(InvalidInput):
-        choose_guest(files, spec=NONE, environment=NONE, guest_image="NOT A REFERENCE")
+        choose_guest(
+            files, spec=NONE, environment=Wish(kernel="vmlinux", initramfs=""), guest_image="", pull=no_pull
+        )
     with pytest.raises(NotFound):
-        choose_guest(files, spec=NONE, environment=NONE, guest_image="sha256:" + "0" * 64)
+        choose_guest(files, spec=NONE, environment=NONE, guest_image="sha256:" + "0" * 64, pull=no_pull)
     with pytest.raises(NotFound, match="make guest"):
-        choose_guest(files / "empty", spec=NONE, environment=NONE, guest_image="")
+        choose_guest(files / "empty", spec=NONE, environment=NONE, guest_image="", pull=no_pull)
+
+
+def test_a_reference_is_pulled(files: Path) -> None:
+    asked = []
+
+    def pull(reference: str) -> GuestImage:
+        asked.append(reference)
+        return load_guest_image(files)
+
+    chosen = choose_guest(files, spec=NONE, environment=NONE, guest_image="host.example/guest:1", pull=pull)
+    assert (asked, chosen.origin, chosen.release) == (["host.example/guest:1"], "image", "6.1")
 
 
 # --- jobs ----------------------------------------------------------------------------------------
