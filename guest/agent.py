@@ -26,8 +26,7 @@ from guest.lazy import LazyServices  # noqa: E402
 from guest.relay import Relay  # noqa: E402
 from guest.rpc import Gate  # noqa: E402
 from guest.servicer import GuestServicer  # noqa: E402
-from guest.settings import Settings  # noqa: E402
-from guest.users import AGENT_ID  # noqa: E402
+from guest.settings import AGENT_ID, Settings  # noqa: E402
 from voidbox.guest.v1 import guest_pb2_grpc  # noqa: E402
 
 # Arguments and environment of a program travel in one message; execve takes 2 MiB at most.

@@ -34,11 +34,23 @@ def prepare(base: str) -> bool:
         for controller in ("cpu", "memory", "pids"):
             # Each on its own: one that the kernel lacks must not cost the other.
             with contextlib.suppress(OSError):
-                _write(f"{directory}/cgroup.subtree_control", f"+{controller}")
+                write(f"{directory}/cgroup.subtree_control", f"+{controller}")
     with contextlib.suppress(OSError):
         threads = int(_read("/proc/sys/kernel/threads-max"))
-        _write(f"{base}/pids.max", str(max(64, threads * 3 // 4)))
+        write(f"{base}/pids.max", str(max(64, threads * 3 // 4)))
     return True
+
+
+def limit(base: str, files: dict[str, str]) -> None:
+    """Put limits on all programs together: names of the cgroup's files and what to write there.
+
+    Raises:
+        OSError: there are no cgroups, or the kernel lacks the controller.
+    """
+    if files and not base:
+        raise FileNotFoundError(2, "this machine has no cgroup v2 for programs", "/sys/fs/cgroup")
+    for name, text in files.items():
+        write(f"{base}/{name}", text)
 
 
 def create(base: str, name: str) -> str:
@@ -56,7 +68,7 @@ def create(base: str, name: str) -> str:
 
 def join(directory: str) -> None:
     """Move the calling process into the cgroup."""
-    _write(f"{directory}/cgroup.procs", "0")
+    write(f"{directory}/cgroup.procs", "0")
 
 
 def remove(directory: str) -> bool:
@@ -88,14 +100,14 @@ def terminate(directory: str) -> None:
 def kill(directory: str) -> None:
     """Kill every process of the cgroup, also those that are forking right now."""
     try:
-        _write(f"{directory}/cgroup.kill", "1")  # Linux 5.14
+        write(f"{directory}/cgroup.kill", "1")  # Linux 5.14
         return
     except FileNotFoundError:
         pass
     except OSError as error:
         log.warning(f"cannot kill {directory}: {error}")
     with contextlib.suppress(OSError):
-        _write(f"{directory}/cgroup.freeze", "1")
+        write(f"{directory}/cgroup.freeze", "1")
     for _ in range(16):  # a fork bomb may outrun one pass where freezing is not possible
         pids = members(directory)
         for pid in pids:
@@ -104,7 +116,7 @@ def kill(directory: str) -> None:
         if not pids:
             break
     with contextlib.suppress(OSError):
-        _write(f"{directory}/cgroup.freeze", "0")
+        write(f"{directory}/cgroup.freeze", "0")
 
 
 def out_of_memory(directory: str) -> bool:
@@ -150,7 +162,8 @@ def _read(path: str) -> str:
         os.close(fd)
 
 
-def _write(path: str, text: str) -> None:
+def write(path: str, text: str) -> None:
+    """Write to a file of a cgroup."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode())

@@ -16,7 +16,7 @@ import signal
 import termios
 from typing import NoReturn
 
-from guest import cgroups, syscalls
+from guest import cgroups, landlock, seccomp, syscalls
 from guest.wire import Message
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -32,7 +32,7 @@ def become(request: Message, fds: list[int], status: int, namespace: int, cgroup
     """Turn this freshly forked process into the program of `request`.
 
     Args:
-        request: argv, env, cwd, default_cwd, uid, gid, groups, terminal, privileged.
+        request: argv, env, cwd, default_cwd, uid, gid, groups, terminal, privileged, confine.
         fds: What becomes 0, 1 and 2.
         status: Write end of the pipe that failures go to.
         namespace: Mount namespace to enter, or -1.
@@ -69,7 +69,7 @@ def _become(request: Message, fds: list[int], status: int, namespace: int, cgrou
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     if namespace >= 0:
         syscalls.setns(namespace, syscalls.CLONE_NEWNS)
-    _lower_limits()
+    _lower_limits(request["confine"])
     os.umask(0o022)
     if request["privileged"]:
         os.setgroups(request["groups"])
@@ -80,6 +80,7 @@ def _become(request: Message, fds: list[int], status: int, namespace: int, cgrou
     _change_directory(request["cwd"], request["default_cwd"])
     os.closerange(3, status)
     os.closerange(status + 1, 1 << 20)
+    _confine(request["confine"]["allowed"], request["env"].get("PATH", DEFAULT_PATH))
     _execute(request["argv"], request["env"])
 
 
@@ -90,11 +91,25 @@ def _reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _lower_limits() -> None:
+def _lower_limits(confine: Message) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    limit = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    limit = confine["open_files"] or OPEN_FILES
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if confine["file_size"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (confine["file_size"], confine["file_size"]))
+
+
+def _confine(allowed: list[str] | None, search: str) -> None:
+    """Give up, for this program and all that it starts, what workloads have no use for."""
+    try:
+        if allowed is not None:
+            landlock.restrict(allowed, search)
+        seccomp.install(memfd=allowed is None)
+    except OSError as error:
+        raise Failed("confine", error.errno, error.strerror or str(error)) from error
 
 
 def _change_directory(path: str, default: bool) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from guest import log
 from guest.control import Control, SpawnFailed
 from guest.errors import AgentError, Code, denied, exhausted, invalid, not_found, wrong_state
+from guest.limits import Confinement
 from guest.streams import SMALLEST_RING, STDIN_WINDOW, Budget, Input, Output
 from guest.users import Account
 from guest.wire import Message
@@ -223,10 +224,10 @@ class Exec:
                 passed = self._make_pipes(start.stdin, ours, theirs)
             self._started = time.monotonic()
             self.start_time = time.time()
-            answer = await self._table.control.request(_spawn_message(start), passed)
+            answer = await self._table.control.request(_spawn_message(start, self._table.confinement), passed)
         except SpawnFailed as failure:
             _close_all(ours)
-            raise _explain(failure, start) from None
+            raise _explain(failure, start, self._table.confinement.allowed) from None
         except OSError as error:
             _close_all(ours)
             raise exhausted(f"cannot make the streams of exec {self.id!r}: {error.strerror}") from error
@@ -318,6 +319,7 @@ class Execs:
         self.control = control
         self.budget = budget
         self.closed = False
+        self.confinement = Confinement()
         self._all: dict[str, Exec] = {}
         self._sequence = 0
 
@@ -445,7 +447,7 @@ def set_size(fd: int, size: Size) -> None:
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", size.rows, size.columns, 0, 0))
 
 
-def _spawn_message(start: Start) -> Message:
+def _spawn_message(start: Start, confinement: Confinement) -> Message:
     return {
         "op": "spawn",
         "id": start.exec_id,
@@ -457,10 +459,11 @@ def _spawn_message(start: Start) -> Message:
         "gid": start.account.gid,
         "groups": list(start.account.groups),
         "terminal": start.terminal is not None,
+        "confine": confinement.for_process(),
     }
 
 
-def _explain(failure: SpawnFailed, start: Start) -> AgentError:
+def _explain(failure: SpawnFailed, start: Start, allowed: list[str] | None) -> AgentError:
     """What a caller can make of a program that did not start."""
     text = os.strerror(failure.number)
     where = {"program": start.program, "path": failure.path, "stage": failure.stage}
@@ -484,6 +487,12 @@ def _explain(failure: SpawnFailed, start: Start) -> AgentError:
                 **where,
             )
         if failure.number == 13:
+            if allowed is not None:
+                return denied(
+                    f"{failure.path} may not be executed: it, or the interpreter that it names, is not "
+                    f"executable for this user or not among the allowed programs ({', '.join(allowed)})",
+                    reason="NOT_ALLOWED", **where,
+                )  # fmt: skip
             return denied(f"{failure.path} is not executable for this user", reason="NOT_EXECUTABLE", **where)
         if failure.number == 8:
             return invalid(

@@ -16,7 +16,7 @@ import socket
 import time
 from collections import deque
 
-from guest import cgroups, child, log, namespace, wire
+from guest import cgroups, child, log, namespace, seccomp, wire
 from guest.settings import Settings
 from guest.wire import Message
 
@@ -149,6 +149,13 @@ class ForkServer:
             self._signal(message)
         elif operation == "namespace":
             self._make_namespace(message)
+        elif operation == "limit":
+            seccomp.prepare()  # now, and not in every child
+            try:
+                cgroups.limit(self._cgroup_base, message["files"])
+                self._reply(message)
+            except OSError as error:
+                self._reply(message, error=("limit", error.errno, error.filename or str(error)))
         elif operation == "state":
             self.state = message["state"]
         elif operation == "stop":

@@ -9,6 +9,7 @@ from guest import users
 from guest.control import Control
 from guest.errors import wrong_state
 from guest.execs import Execs
+from guest.limits import Confinement
 from guest.root import Root
 from guest.settings import Settings
 from guest.streams import Budget
@@ -66,6 +67,7 @@ class Guest:
             "env": self.env,
             "box_id": self.box_id,
             "root": self.root.path,
+            "confinement": tuple(self.execs.confinement),
         }
         self.control.tell({"op": "state", "state": marshal.dumps(state)})
 
@@ -74,6 +76,7 @@ class Guest:
         state: dict[str, Any] = marshal.loads(blob)  # noqa: S302 - from PID 1, which had it from this code
         self.uid, self.gid, self.groups = state["uid"], state["gid"], state["groups"]
         self.env, self.box_id = state["env"], state["box_id"]
+        self.execs.confinement = Confinement(*state["confinement"])
         own = state["root"] != self.settings.root_disk
         self._root = Root(state["root"], (self.settings.run_dir,) if own else ())
         secret: bytes = state["secret"]

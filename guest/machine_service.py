@@ -13,8 +13,10 @@ from guest.control import SpawnFailed
 from guest.errors import AgentError, Code, invalid, not_implemented, wrong_state
 from guest.guest_state import VERSION, Guest
 from guest.identity import Identity
+from guest.limits import Confinement, unlimited
 from guest.mounts import Mounts
 from guest.rpc import CHUNK_LIMIT, SECRET_KEY, Gate, call
+from voidbox.common.v1 import common_pb2
 from voidbox.guest.v1 import guest_pb2 as pb
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class MachineCalls:
         wanted = _to_identity(request)
         wanted.validate()
         same = ((SECRET_KEY, wanted.secret),)
+        confinement = _to_confinement(request.confinement)
+        confinement.validate()
         async with self.claiming:
             if (
                 self.gate.claimed
@@ -47,7 +51,7 @@ class MachineCalls:
             ):
                 raise wrong_state("the box has been claimed already", reason="CLAIMED")
             # Not stopped half-way by a caller that goes away.
-            done = await asyncio.shield(asyncio.ensure_future(self._claim(wanted)))
+            done = await asyncio.shield(asyncio.ensure_future(self._claim(wanted, confinement)))
         log.info(f"claimed as {wanted.box_id!r}")
         return pb.ClaimResponse(
             hostname_set=done.hostname,
@@ -57,9 +61,10 @@ class MachineCalls:
             root_disk_mounted=done.disk,
             boot_id="" if request.rehearsal else boot_id(),
             agent_version=VERSION,
+            confined=True,
         )
 
-    async def _claim(self, wanted: Identity) -> identity.Confirmation:
+    async def _claim(self, wanted: Identity, confinement: Confinement) -> identity.Confirmation:
         guest = self.guest
         current = guest.root if self.gate.claimed else None
         done, root = await asyncio.to_thread(identity.apply, wanted, guest.settings, current)
@@ -76,6 +81,11 @@ class MachineCalls:
                 raise AgentError(
                     Code.INTERNAL, "NO_NAMESPACE", f"cannot make the programs' root: {failure}"
                 ) from failure
+        try:
+            await guest.control.request({"op": "limit", "files": confinement.for_group()})
+        except SpawnFailed as failure:
+            raise unlimited(failure) from failure
+        guest.execs.confinement = confinement
         self.gate.secret = wanted.secret
         guest.save(wanted.secret)
         return done
@@ -196,6 +206,18 @@ def _to_telemetry(sequence: int, measured: Sample) -> pb.TelemetryResponse:
         )
         usage.cpu_time.FromNanoseconds(process.cpu_ns)
     return message
+
+
+def _to_confinement(message: common_pb2.Confinement) -> Confinement:
+    limits = message.limits
+    return Confinement(
+        memory=limits.memory_bytes,
+        processes=limits.processes,
+        cpu_millis=limits.cpu_millis,
+        open_files=limits.open_files,
+        file_size=limits.file_size_bytes,
+        allowed=list(message.allowed_programs) or None,
+    )
 
 
 def _to_identity(request: pb.ClaimRequest) -> Identity:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import os
 
 from guest import syscalls
-from guest.settings import Settings
+from guest.settings import AGENT_ID, Settings
 
 _RO_BIND = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY
+# The agent, PID 1 and other users' programs are not even seen (proc(5)); members of the group, by
+# default 0, would see them.
+_OWN_PROCESSES = f"hidepid=2,gid={AGENT_ID}"
 _NOEXEC = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
 _READ_ONLY = (
     "/proc/sys",
@@ -42,7 +45,7 @@ def enter_program_namespace(settings: Settings, root: str) -> None:
     syscalls.mount("", "/", flags=syscalls.MS_REC | syscalls.MS_SLAVE)
     syscalls.mount(settings.program_dev, f"{root}/dev", flags=syscalls.MS_BIND | syscalls.MS_REC)
     if root:
-        syscalls.mount("proc", f"{root}/proc", "proc", _NOEXEC)
+        syscalls.mount("proc", f"{root}/proc", "proc", _NOEXEC, _OWN_PROCESSES)
         syscalls.mount("sysfs", f"{root}/sys", "sysfs", _NOEXEC | syscalls.MS_RDONLY)
         os.chdir(root)
         # pivot_root refuses to replace the rootfs of an initramfs; moving over it is the way.
@@ -50,6 +53,7 @@ def enter_program_namespace(settings: Settings, root: str) -> None:
         os.chroot(".")
         os.chdir("/")
     else:
+        syscalls.mount("proc", "/proc", "proc", _NOEXEC, _OWN_PROCESSES)
         _hide_directory(settings.run_dir)
         for path in _HIDDEN_DIRECTORIES:
             _hide_directory(path)

@@ -133,6 +133,7 @@ def _boot(settings: Settings) -> None:
     syscalls.mount("", "/", flags=syscalls.MS_REC | syscalls.MS_SHARED)
     for path, text in (
         ("/proc/sys/kernel/modprobe", "\n"),  # no program makes the kernel load a module
+        ("/proc/sys/kernel/yama/ptrace_scope", "1\n"),  # only its own children; Debian's default is all
         ("/proc/sys/kernel/ctrl-alt-del", "0"),
         ("/proc/sys/kernel/printk_devkmsg", "on\n"),  # the default rate limit would drop our lines
         ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+AGENT_ID = 0xFFFFFFF0
+"""Real and saved uid of the agent: a program of uid 0, which has no capabilities, may signal
+processes with the same ones, and the agent shall not be among them."""
+
 
 class Settings(NamedTuple):
     """The paths and powers of PID 1 and the agent.

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from guest.errors import invalid, not_found
+from guest.settings import AGENT_ID
 
-AGENT_ID = 0xFFFFFFF0
-"""Real and saved uid of the agent: a program of uid 0, which has no capabilities, may signal
-processes with the same ones, and the agent shall not be among them."""
 _MAX_ID = AGENT_ID - 1
 
 

@@ -18,7 +18,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from services.common.address import Address
 from services.common.channel import open_channel
 from services.common.errors import Internal, TimedOut, from_rpc_error
-from services.hypervisor.model import MountMode
+from services.hypervisor.model import Confinement, MountMode
 from voidbox.common.v1 import common_pb2
 from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
 
@@ -62,6 +62,7 @@ class Identity:
     user: tuple[int, int] | None = None
     root_serial: str = ""
     root_writable: bool = False
+    confinement: Confinement = field(default_factory=Confinement)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -116,6 +117,7 @@ class Guest:
             "entropy": answer.entropy_added,
             "root disk": answer.root_disk_mounted,
             "boot id": bool(answer.boot_id),
+            "confinement": answer.confined or identity.confinement == Confinement(),
         }
         if missing := [name for name, done in confirmed.items() if not done]:
             raise Internal(
@@ -179,6 +181,13 @@ class Guest:
             env=dict(identity.env),
             rehearsal=rehearsal,
         )
+        given = identity.confinement
+        request.confinement.limits.memory_bytes = given.memory_bytes
+        request.confinement.limits.processes = given.processes
+        request.confinement.limits.cpu_millis = given.cpu_millis
+        request.confinement.limits.open_files = given.open_files
+        request.confinement.limits.file_size_bytes = given.file_size_bytes
+        request.confinement.allowed_programs.extend(given.allowed_programs)
         if identity.user is not None:
             request.default_user.uid, request.default_user.gid = identity.user
         if identity.root_serial:

@@ -16,6 +16,7 @@ from services.hypervisor.model import (
     Accelerator,
     BoxConfig,
     BoxRecord,
+    Confinement,
     Disk,
     Mount,
     MountMode,
@@ -33,6 +34,7 @@ _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _MAX_SECONDS = 10 * 366 * 86400
 _MAX_ENTRIES = 256
 _MAX_TEXT = 32 * 1024
+_MAX_NAME = 4096
 DEFAULT_PAGE, MAX_PAGE = 100, 1000
 
 _ACCELERATORS = {
@@ -123,6 +125,7 @@ def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
         labels=_entries(message.labels, "labels"),
         hostname=message.hostname,
         cold_boot=message.cold_boot,
+        confinement=_read_confinement(message.confinement),
     )
 
 
@@ -145,6 +148,46 @@ def _entries(values: Mapping[str, str], field: str) -> dict[str, str]:
         if len(name) + len(value) > _MAX_TEXT or "\0" in name + value:
             raise InvalidInput(f"{field}: {name[:64]!r} is too long or holds a NUL byte", field=field)
     return dict(values)
+
+
+def _read_confinement(message: common_pb2.Confinement) -> Confinement:
+    limits = message.limits
+    for field, _ in limits.DESCRIPTOR.fields_by_name.items():
+        if getattr(limits, field) < 0:
+            raise InvalidInput(f"confinement.limits.{field} is negative; 0 means no limit", field=field)
+    if len(message.allowed_programs) > _MAX_ENTRIES:
+        raise InvalidInput(
+            f"{len(message.allowed_programs)} allowed programs; at most {_MAX_ENTRIES}, or name directories",
+            field="allowed_programs",
+        )
+    for entry in message.allowed_programs:
+        if not entry or "\0" in entry or len(entry) > _MAX_NAME or ("/" in entry and entry[0] != "/"):
+            raise InvalidInput(
+                f"allowed program {entry[:64]!r} is neither a name nor an absolute path",
+                field="allowed_programs",
+            )
+    return Confinement(
+        memory_bytes=limits.memory_bytes,
+        processes=limits.processes,
+        cpu_millis=limits.cpu_millis,
+        open_files=limits.open_files,
+        file_size_bytes=limits.file_size_bytes,
+        allowed_programs=tuple(message.allowed_programs),
+    )
+
+
+def confinement(value: Confinement) -> common_pb2.Confinement:
+    """A box's confinement as clients and the guest see it."""
+    return common_pb2.Confinement(
+        limits=common_pb2.Limits(
+            memory_bytes=value.memory_bytes,
+            processes=value.processes,
+            cpu_millis=value.cpu_millis,
+            open_files=value.open_files,
+            file_size_bytes=value.file_size_bytes,
+        ),
+        allowed_programs=value.allowed_programs,
+    )
 
 
 def _read_disk(message: hypervisor_pb2.Disk) -> Disk:
@@ -213,6 +256,7 @@ def _config(config: BoxConfig) -> hypervisor_pb2.BoxConfig:
         labels=config.labels,
         hostname=config.hostname,
         cold_boot=config.cold_boot,
+        confinement=None if config.confinement == Confinement() else confinement(config.confinement),
     )
     if config.max_lifetime:
         message.max_lifetime.CopyFrom(duration(config.max_lifetime))

@@ -315,4 +315,5 @@ def _identity(box_id: str, config: BoxConfig, user: tuple[int, int] | None) -> I
         root_serial=prepare.ROOT_SERIAL if config.root_disk else "",
         root_writable=bool(config.root_disk and config.root_disk.writable),
         env=config.env,
+        confinement=config.confinement,
     )

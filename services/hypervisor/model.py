@@ -86,6 +86,18 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Confinement:
+    """What the programs of a box may take (0: no limit) and execute (empty: everything)."""
+
+    memory_bytes: int = 0
+    processes: int = 0
+    cpu_millis: int = 0
+    open_files: int = 0
+    file_size_bytes: int = 0
+    allowed_programs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BoxConfig:
     """What a box is made of. Times are in seconds; 0 means no limit."""
 
@@ -101,6 +113,7 @@ class BoxConfig:
     idle_timeout: float = 0.0
     labels: Mapping[str, str] = field(default_factory=dict)
     hostname: str = ""
+    confinement: Confinement = field(default_factory=Confinement)
     cold_boot: bool = False
 
 

@@ -234,6 +234,7 @@ class Peers:
             mounts=[mount_to_proto(mount) for mount in machine.mounts],
             env=machine.env,
             labels=labels,
+            confinement=_confinement(machine),
         )
         if disk is not None:
             config.root_disk.base_path = disk.path
@@ -450,3 +451,17 @@ class GuestPeer:
                 return
 
         await self._call(call)
+
+
+def _confinement(machine: Machine) -> common_pb2.Confinement:
+    limits = machine.limits
+    return common_pb2.Confinement(
+        limits=common_pb2.Limits(
+            memory_bytes=(limits.memory_mb or 0) << 20,
+            processes=limits.processes or 0,
+            cpu_millis=(limits.cpu_percent or 0) * 10,
+            open_files=limits.open_files or 0,
+            file_size_bytes=(limits.file_size_mb or 0) << 20,
+        ),
+        allowed_programs=machine.allowed_commands,
+    )

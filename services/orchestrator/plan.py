@@ -21,6 +21,7 @@ from voidbox.spec.models import (
     FileInput,
     Input,
     Kind,
+    Limits,
     Llm,
     Mount,
     OnFailure,
@@ -51,6 +52,8 @@ class Machine:
     disk_mib: int = 0
     env: Mapping[str, str] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    allowed_commands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +201,8 @@ def _machine(sandbox: Sandbox, box: BoxSandbox, extra: tuple[Mount, ...]) -> Mac
         disk_mib=box.disk_mb or sandbox.disk_mb or 0,
         env={**sandbox.env, **box.env},
         mounts=(*sandbox.mounts, *box.mounts, *extra),
+        limits=sandbox.limits,
+        allowed_commands=sandbox.allowed_commands,
     )
 
 

@@ -44,6 +44,7 @@ class FakeGuest(guest_pb2_grpc.GuestServiceServicer):
             "clock_set": True,
             "entropy_added": True,
             "root_disk_mounted": True,
+            "confined": True,
             "boot_id": BOOT_ID,
         }
         return guest_pb2.ClaimResponse(**(values | self.confirm))

@@ -98,6 +98,39 @@ class Mount:
 
 
 @model
+class Limits:
+    """What the programs of a box may take, within the machine that they run in."""
+
+    memory_mb: int | None = key(
+        "Memory of all programs together in MiB; empty: the machine's.",
+        default=None,
+        minimum=4,
+        maximum=1 << 24,
+    )
+    processes: int | None = key(
+        "Processes and threads of all programs together; empty: what the kernel allows.",
+        default=None,
+        minimum=1,
+        maximum=1 << 22,
+    )
+    cpu_percent: int | None = key(
+        "Processor time of all programs together; 100 is one processor; empty: all of the machine's.",
+        default=None,
+        minimum=1,
+        maximum=25600,
+    )
+    open_files: int | None = key(
+        "Open files of each process; empty: 65536.", default=None, minimum=16, maximum=65536
+    )
+    file_size_mb: int | None = key(
+        "Largest file that a process may write in MiB; empty: no limit.",
+        default=None,
+        minimum=1,
+        maximum=1 << 30,
+    )
+
+
+@model
 class Sandbox:
     """The machine that programs run in."""
 
@@ -124,6 +157,12 @@ class Sandbox:
         "OCI image that carries kernel and initramfs; empty: never pull one.", default=None
     )
     snapshot: str | None = key("Snapshot to start from instead of booting; empty: none.", default=None)
+    limits: Limits = key("What the programs of the box may take.", default_factory=Limits)
+    allowed_commands: tuple[str, ...] = key(
+        "What programs, and all that they start, may execute: names on PATH, absolute paths of programs, or "
+        "absolute paths of directories with all below. Empty: everything.",
+        default=(),
+    )
 
 
 @model

@@ -146,6 +146,70 @@ class Resources(google.protobuf.message.Message):
 global___Resources = Resources
 
 @typing.final
+class Limits(google.protobuf.message.Message):
+    """What the programs of a box may take. Zero always means no limit of its own."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    PROCESSES_FIELD_NUMBER: builtins.int
+    CPU_MILLIS_FIELD_NUMBER: builtins.int
+    OPEN_FILES_FIELD_NUMBER: builtins.int
+    FILE_SIZE_BYTES_FIELD_NUMBER: builtins.int
+    memory_bytes: builtins.int
+    """Bytes of memory of all programs together, page cache and files in tmpfs included; 4 MiB or more."""
+    processes: builtins.int
+    """Processes and threads of all programs together."""
+    cpu_millis: builtins.int
+    """Processor time of all programs together; 1000 is one processor."""
+    open_files: builtins.int
+    """Open files of each process; 16 or more. 0 means 65536."""
+    file_size_bytes: builtins.int
+    """Size of the largest file that a process may write, in bytes."""
+    def __init__(
+        self,
+        *,
+        memory_bytes: builtins.int = ...,
+        processes: builtins.int = ...,
+        cpu_millis: builtins.int = ...,
+        open_files: builtins.int = ...,
+        file_size_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cpu_millis", b"cpu_millis", "file_size_bytes", b"file_size_bytes", "memory_bytes", b"memory_bytes", "open_files", b"open_files", "processes", b"processes"]) -> None: ...
+
+global___Limits = Limits
+
+@typing.final
+class Confinement(google.protobuf.message.Message):
+    """How programs are confined in a box, beyond what always holds there."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LIMITS_FIELD_NUMBER: builtins.int
+    ALLOWED_PROGRAMS_FIELD_NUMBER: builtins.int
+    @property
+    def limits(self) -> global___Limits:
+        """What they may take."""
+
+    @property
+    def allowed_programs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What they, and all that they start, may execute: names that are looked up on PATH, absolute
+        paths of programs, or absolute paths of directories with all that is below. The loaders that
+        the programs name are allowed with them, interpreters of scripts are not. Empty: everything.
+        """
+
+    def __init__(
+        self,
+        *,
+        limits: global___Limits | None = ...,
+        allowed_programs: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["allowed_programs", b"allowed_programs", "limits", b"limits"]) -> None: ...
+
+global___Confinement = Confinement
+
+@typing.final
 class EgressPolicy(google.protobuf.message.Message):
     """What a box may reach on the network. Empty rules mean: nothing."""
 

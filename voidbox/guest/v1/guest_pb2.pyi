@@ -214,6 +214,7 @@ class ClaimRequest(google.protobuf.message.Message):
     ROOT_DISK_FIELD_NUMBER: builtins.int
     ENV_FIELD_NUMBER: builtins.int
     REHEARSAL_FIELD_NUMBER: builtins.int
+    CONFINEMENT_FIELD_NUMBER: builtins.int
     secret: builtins.bytes
     """32 random bytes that every later call carries in metadata `voidbox-secret-bin`."""
     box_id: builtins.str
@@ -244,6 +245,10 @@ class ClaimRequest(google.protobuf.message.Message):
     def env(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Environment that every program gets, before `ExecStart.env`."""
 
+    @property
+    def confinement(self) -> voidbox.common.v1.common_pb2.Confinement:
+        """How every program is confined."""
+
     def __init__(
         self,
         *,
@@ -257,9 +262,10 @@ class ClaimRequest(google.protobuf.message.Message):
         root_disk: global___RootDisk | None = ...,
         env: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         rehearsal: builtins.bool = ...,
+        confinement: voidbox.common.v1.common_pb2.Confinement | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["default_user", b"default_user", "root_disk", b"root_disk", "wall_clock", b"wall_clock"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "default_user", b"default_user", "entropy", b"entropy", "env", b"env", "hostname", b"hostname", "machine_id", b"machine_id", "rehearsal", b"rehearsal", "root_disk", b"root_disk", "secret", b"secret", "wall_clock", b"wall_clock"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["confinement", b"confinement", "default_user", b"default_user", "root_disk", b"root_disk", "wall_clock", b"wall_clock"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "confinement", b"confinement", "default_user", b"default_user", "entropy", b"entropy", "env", b"env", "hostname", b"hostname", "machine_id", b"machine_id", "rehearsal", b"rehearsal", "root_disk", b"root_disk", "secret", b"secret", "wall_clock", b"wall_clock"]) -> None: ...
 
 global___ClaimRequest = ClaimRequest
 
@@ -298,6 +304,7 @@ class ClaimResponse(google.protobuf.message.Message):
     ROOT_DISK_MOUNTED_FIELD_NUMBER: builtins.int
     BOOT_ID_FIELD_NUMBER: builtins.int
     AGENT_VERSION_FIELD_NUMBER: builtins.int
+    CONFINED_FIELD_NUMBER: builtins.int
     hostname_set: builtins.bool
     """Whether the host name is set."""
     machine_id_set: builtins.bool
@@ -312,6 +319,8 @@ class ClaimResponse(google.protobuf.message.Message):
     """The guest's kernel boot id (/proc/sys/kernel/random/boot_id)."""
     agent_version: builtins.str
     """Version of the agent."""
+    confined: builtins.bool
+    """Whether the confinement is in force."""
     def __init__(
         self,
         *,
@@ -322,8 +331,9 @@ class ClaimResponse(google.protobuf.message.Message):
         root_disk_mounted: builtins.bool = ...,
         boot_id: builtins.str = ...,
         agent_version: builtins.str = ...,
+        confined: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "clock_set", b"clock_set", "entropy_added", b"entropy_added", "hostname_set", b"hostname_set", "machine_id_set", b"machine_id_set", "root_disk_mounted", b"root_disk_mounted"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "clock_set", b"clock_set", "confined", b"confined", "entropy_added", b"entropy_added", "hostname_set", b"hostname_set", "machine_id_set", b"machine_id_set", "root_disk_mounted", b"root_disk_mounted"]) -> None: ...
 
 global___ClaimResponse = ClaimResponse
 

@@ -275,6 +275,7 @@ class BoxConfig(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     HOSTNAME_FIELD_NUMBER: builtins.int
     COLD_BOOT_FIELD_NUMBER: builtins.int
+    CONFINEMENT_FIELD_NUMBER: builtins.int
     kernel_path: builtins.str
     """Absolute path of the kernel (vmlinux or bzImage) on the hypervisor's host."""
     initramfs_path: builtins.str
@@ -323,6 +324,10 @@ class BoxConfig(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Free-form labels for listing."""
 
+    @property
+    def confinement(self) -> voidbox.common.v1.common_pb2.Confinement:
+        """How the programs in it are confined."""
+
     def __init__(
         self,
         *,
@@ -341,9 +346,10 @@ class BoxConfig(google.protobuf.message.Message):
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         hostname: builtins.str = ...,
         cold_boot: builtins.bool = ...,
+        confinement: voidbox.common.v1.common_pb2.Confinement | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["egress", b"egress", "idle_timeout", b"idle_timeout", "max_lifetime", b"max_lifetime", "resources", b"resources", "root_disk", b"root_disk"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "cold_boot", b"cold_boot", "disks", b"disks", "egress", b"egress", "env", b"env", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["confinement", b"confinement", "egress", b"egress", "idle_timeout", b"idle_timeout", "max_lifetime", b"max_lifetime", "resources", b"resources", "root_disk", b"root_disk"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "cold_boot", b"cold_boot", "confinement", b"confinement", "disks", b"disks", "egress", b"egress", "env", b"env", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
 
 global___BoxConfig = BoxConfig
 
