@@ -1,7 +1,7 @@
 # Everything a developer or user types; CI calls these targets and nothing else.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test check lint types imports proto-check protos proto-baseline lock guest kernel bench test-compose up down clean
+.PHONY: help setup setup-dev run test check lint types imports proto-check protos proto-baseline lock guest kernel bench test-agents test-compose up down clean
 
 # The system's own, which every user of the machine can run; a private one may be closed to others.
 PYTHON ?= $(shell test -x /usr/bin/python3 && echo /usr/bin/python3 || echo python3)
@@ -106,6 +106,9 @@ lock: ## Resolve the dependencies anew
 
 bench: setup-dev ## Measure, each figure beside its floor or a peer
 	@$(BIN)/python -m tests.bench
+
+test-agents: setup-dev ## Fetch the real agents' programs and run them in a box (350 MB)
+	@VOIDBOX_TEST_AGENTS=1 $(BIN)/pytest tests/integration/test_imager_agents.py
 
 test-compose: setup-dev ## Build and test the docker-compose stack on a real Docker engine
 	@docker compose version >/dev/null 2>&1 || tools/system-packages $(COMPOSE_PACKAGES)

@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -145,6 +146,24 @@ class ImageCache:
                 _drop_buffer(file)
                 raise
 
+    @contextlib.contextmanager
+    def scratch_directory(self) -> Iterator[Path]:
+        """A private directory, gone with its contents when the block ends, or after a kill at the next start.
+
+        Raises:
+            Exhausted: the disk is full.
+        """
+        with disk_errors(self.root / "tmp"):
+            with self._sweep_lock(fcntl.LOCK_SH):
+                place = Path(tempfile.mkdtemp(dir=self.root / "tmp"))
+                handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                yield place
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+                os.close(handle)
+
     def _temporary(self) -> tuple[int, str]:
         with self._sweep_lock(fcntl.LOCK_SH):
             handle, name = tempfile.mkstemp(dir=self.root / "tmp")
@@ -165,10 +184,13 @@ class ImageCache:
         with self._sweep_lock(fcntl.LOCK_EX):
             for path in (self.root / "tmp").iterdir():
                 with contextlib.suppress(OSError):
-                    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                     try:
                         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        path.unlink()
+                        if path.is_dir():
+                            shutil.rmtree(path, ignore_errors=True)
+                        else:
+                            path.unlink()
                     finally:
                         os.close(handle)
 

@@ -8,6 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.common.errors import InvalidInput
+from services.imager.agents import AgentDisk
 from services.imager.disk import DEFAULT_FREE_MIB, Disk
 from services.imager.export import ExportFormat
 from services.imager.guest_choice import GuestChoice
@@ -149,6 +150,18 @@ def disk_to(disk: Disk, image: CachedImage) -> imager_pb2.DiskImage:
         format="raw",
         size_bytes=disk.size_bytes,
         image=image_to(image),
+    )
+
+
+def agent_disk_to(agent: AgentDisk) -> imager_pb2.DiskImage:
+    """The disk of an agent's program."""
+    return imager_pb2.DiskImage(
+        path=str(agent.disk.path),
+        digest=common_pb2.Digest(value=agent.disk.digest),
+        format="raw",
+        size_bytes=agent.disk.size_bytes,
+        program=agent.package.program,
+        version=agent.package.version,
     )
 
 

@@ -55,7 +55,9 @@ from services.imager.guest_store import (
     image_digest,
     link_or_copy,
     load_guest_image,
+    remove,
     settle,
+    sweep,
     take_over,
 )
 from services.imager.lock import locked
@@ -161,15 +163,13 @@ class _Builder:
 
     def _sweep(self) -> None:
         """Remove what a killed build left; nobody else builds while the lock is held."""
-        leavings = [self._home.glob(f"{SCRATCH}*"), (self._cache / "debian/trees").glob("unpack-*")]
+        sweep(self._home)
+        leavings = [(self._cache / "debian/trees").glob("unpack-*")]
         leavings += [
             (self._cache / "kernel").glob(name) for name in ("unpack-*", "debian-save-*", "file-save-*")
         ]
         for path in chain.from_iterable(leavings):
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
     def _built(self, key: str) -> GuestImage | None:
         """The image that these inputs gave before."""

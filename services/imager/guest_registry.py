@@ -6,8 +6,7 @@ import hashlib
 import io
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from services.common.errors import InvalidInput, NotFound, VoidboxError
@@ -18,6 +17,7 @@ from services.imager.guest_store import (
     GuestImage,
     load_guest_image,
     settle,
+    sweep,
     take_over,
     verify_guest_image,
 )
@@ -78,6 +78,7 @@ class GuestRegistry:
                 open_target(self._store, reference, insecure=insecure, cancel=cancel)
             )
             config, config_bytes = artifact.config_descriptor(image)
+            place = stack.enter_context(self._store.cache.scratch_directory())
             uploads = [(config, lambda: io.BytesIO(config_bytes))]
             descriptors = []
             for path, media_type in (
@@ -85,7 +86,7 @@ class GuestRegistry:
                 (image.initramfs, artifact.INITRAMFS),
             ):
                 report(Progress(subject=path.name, action="compress", done=0, total=1))
-                out = stack.enter_context(self._named_scratch())
+                out = place / path.name
                 with out.open("wb") as file:
                     descriptors.append(artifact.compress(path, file, media_type, cancel))
                 uploads.append((descriptors[-1], lambda out=out: out.open("rb")))  # type: ignore[misc]
@@ -97,12 +98,6 @@ class GuestRegistry:
             existing = target.existing()
             index = artifact.index_bytes(existing[0] if existing else None, platform, manifest)
             return target.put_manifest(tag, index, OCI_INDEX)
-
-    @contextmanager
-    def _named_scratch(self) -> Iterator[Path]:
-        """A place for a temporary file with a name, which is read more than once."""
-        with tempfile.TemporaryDirectory(prefix="push-", dir=self._cache) as place:
-            yield Path(place) / "blob"
 
     def pull(
         self,
@@ -192,6 +187,7 @@ class GuestRegistry:
         home.mkdir(exist_ok=True)
         cache = self._store.cache
         with held(home / "lock", cancel):
+            sweep(home)
             scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=home))
             try:
                 scratch.chmod(0o755)

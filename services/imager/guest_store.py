@@ -114,6 +114,20 @@ def guest_directories(cache: Path) -> list[Path]:
     return sorted(path for path in home.glob("*") if _HEX.fullmatch(path.name)) if home.is_dir() else []
 
 
+def sweep(home: Path) -> None:
+    """Remove what a killed writer left in `guest`; nobody else writes while the caller holds the lock."""
+    for path in home.glob(f"{SCRATCH}*"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or directory, as far as that is possible."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def settle(cache: Path, image: GuestImage, *, make_default: bool) -> None:
     """Mark `image` as just used, name it the default if wanted, and remove old ones."""
     home = cache / "guest"

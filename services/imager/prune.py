@@ -78,7 +78,20 @@ class Housekeeper:
                 removed.append(image.reference)
                 kept = rest
                 freed += self._collect(kept)
+            for path, name in self._agents():
+                old = older_than_seconds is not None and now - path.stat().st_mtime > older_than_seconds
+                if (old or (max_size_bytes and self._total() > max_size_bytes)) and not in_use(path):
+                    removed.append(name)
+                    freed += _remove(path) + _remove(path.with_suffix(".json"))
         return removed, freed
+
+    def _agents(self) -> list[tuple[Path, str]]:
+        """The disks of agents with names for people, the least recently used first."""
+        found = []
+        for path in (self._cache.root / "agents").glob("*.ext4"):
+            record = self._cache.read_record("agents", path.stem) or {}
+            found.append((path, f"agent {record.get('agent', '?')} {record.get('agent_version', '?')}"))
+        return sorted(found, key=lambda item: item[0].stat().st_mtime)
 
     def _disks_only_of(self, doomed: list[CachedImage], kept: list[CachedImage]) -> list[Path]:
         chains = {image.config.diff_ids for image in doomed} - {image.config.diff_ids for image in kept}
@@ -90,7 +103,7 @@ class Housekeeper:
         return found
 
     def _collect(self, kept: list[CachedImage]) -> int:
-        """Remove blobs and disks that no kept image needs; return the bytes freed."""
+        """Remove blobs, disks and agents' disks that no kept image needs; return the bytes freed."""
         needed = {digest for image in kept for digest in _digests(image)}
         freed = 0
         for path in (self._cache.root / "blobs/sha256").iterdir():
@@ -104,12 +117,16 @@ class Housekeeper:
             old = record.get("writer") != WRITER_VERSION  # nobody will ask for it
             if (old or tuple(record.get("diff_ids", ())) not in chains) and not in_use(path):
                 freed += _remove(path) + _remove(path.with_suffix(".json"))
+        for path, _ in self._agents():
+            record = self._cache.read_record("agents", path.stem) or {}
+            if record.get("writer") != WRITER_VERSION and not in_use(path):
+                freed += _remove(path) + _remove(path.with_suffix(".json"))
         return freed
 
     def _total(self) -> int:
         """Bytes that blobs and disks occupy."""
         total = 0
-        for directory in ("blobs/sha256", "disks"):
+        for directory in ("blobs/sha256", "disks", "agents"):
             for path in (self._cache.root / directory).iterdir():
                 with contextlib.suppress(FileNotFoundError):
                     total += path.stat().st_blocks * 512

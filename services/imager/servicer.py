@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from services.common.errors import InvalidInput, NotBuilt
+from services.common.errors import InvalidInput
 from services.imager import convert
+from services.imager.agent_packages import pinned_package
+from services.imager.agents import AgentDisk, AgentStore, absolute_package
 from services.imager.compression import compression_from
 from services.imager.disk import Disk
 from services.imager.export import PIECE, Export, pieces
@@ -21,6 +23,7 @@ from services.imager.guest_store import GuestImage
 from services.imager.images import CachedImage
 from services.imager.jobs import Jobs
 from services.imager.limits import Cancel
+from services.imager.manifest import host_default
 from services.imager.outflow import outflow
 from services.imager.progress import Progress, Report
 from services.imager.prune import Housekeeper
@@ -44,7 +47,7 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
         jobs: Where blocking work runs.
         cache: The cache directory, which also holds guest images.
         environment: Kernel and initramfs of boxes whose spec names none.
-        build_env: Extra environment of the guest image's build (proxies, pip).
+        build_env: Extra environment of what builds fetch with (proxies, pip, npm).
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
     ) -> None:
         self._store = store
         self._guests = GuestRegistry(store, cache)
+        self._agents = AgentStore(store.cache, store.limits, build_env)
         self._keeper = Housekeeper(store.catalog)
         self._verifier = Verifier(store.catalog, cache, store.limits)
         self._jobs = jobs
@@ -260,5 +264,16 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
     async def BuildAgentImage(
         self, request: imager_pb2.BuildAgentImageRequest, context: Context
     ) -> AsyncIterator[imager_pb2.BuildAgentImageResponse]:
-        raise NotBuilt("disks of agents' binaries are not built in this version")
-        yield  # makes it a generator
+        architecture = request.architecture or host_default().architecture
+        package = pinned_package(request.agent, architecture)
+        tarball = absolute_package(request.package_path)
+
+        def build(report: Report, cancel: Cancel) -> AgentDisk:
+            return self._agents.disk(package, tarball=tarball, cancel=cancel, report=report)
+
+        async with contextlib.aclosing(self._jobs.stream(build)) as items:
+            async for item in items:
+                if isinstance(item, Progress):
+                    yield imager_pb2.BuildAgentImageResponse(progress=convert.progress_to(item))
+                else:
+                    yield imager_pb2.BuildAgentImageResponse(disk=convert.agent_disk_to(item))

@@ -9,9 +9,11 @@ from services.imager.progress import Progress, Report
 
 
 def network_env(env: Mapping[str, str]) -> dict[str, str]:
-    """What of `env` tells apt and pip how to reach the network."""
+    """What of `env` tells apt, pip and npm how to reach the network."""
     wanted = re.compile(
-        r"(https?|ftp|no|all)_proxy|PIP_\w+|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE", re.IGNORECASE
+        r"(https?|ftp|no|all)_proxy|PIP_\w+|npm_config_\S+|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE"
+        r"|NODE_EXTRA_CA_CERTS",
+        re.IGNORECASE,
     )
     return {key: value for key, value in env.items() if wanted.fullmatch(key)}
 

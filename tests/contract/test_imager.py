@@ -23,6 +23,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from services.common.channel import open_channel
 from services.common.errors import (
+    Corrupt,
     InvalidInput,
     NotBuilt,
     NotFound,
@@ -384,9 +385,19 @@ async def test_push_refuses_clearly(imager: Imager) -> None:
             await imager.all(imager.stub.PushImage(pb.PushImageRequest(**request)))
 
 
-async def test_what_is_not_built_says_so(imager: Imager) -> None:
-    with pytest.raises(NotBuilt, match="not built"):
-        await imager.all(imager.stub.BuildAgentImage(pb.BuildAgentImageRequest(agent="codex")))
+async def test_an_agents_disk_is_refused_clearly(imager: Imager, tmp_path: Path) -> None:
+    """Building it has its own tests."""
+    wrong = tmp_path / "wrong.tgz"
+    wrong.write_bytes(b"not the package")
+    for request, error, why in (
+        ({"agent": ""}, NotFound, "there are: claude-code, codex"),
+        ({"agent": "codex", "architecture": "s390x"}, NotFound, "there are: amd64, arm64"),
+        ({"agent": "codex", "package_path": "relative"}, InvalidInput, "absolute"),
+        ({"agent": "codex", "package_path": "/absent"}, NotFound, "/absent"),
+        ({"agent": "codex", "package_path": str(wrong)}, Corrupt, "not the pinned one"),
+    ):
+        with pytest.raises(error, match=why):
+            await imager.all(imager.stub.BuildAgentImage(pb.BuildAgentImageRequest(**request)))
 
 
 async def test_a_guest_image_build_checks_its_request_and_can_be_cancelled(imager: Imager) -> None:

@@ -43,6 +43,7 @@ def image_command(context: Context) -> int:
         "verify": _verify,
         "export": _export,
         "build-guest": _build_guest,
+        "build-agent": _build_agent,
     }
     stack = context.stack()
 
@@ -83,6 +84,20 @@ async def _build_guest(context: Context, client: Client) -> None:
     )
     _, image = await _follow(context.screen, _messages(client.imager.BuildGuestImage(request)), "guest_image")
     _show_guest(context, image)
+
+
+async def _build_agent(context: Context, client: Client) -> None:
+    args = context.args
+    request = pb.BuildAgentImageRequest(
+        agent=args.agent,
+        architecture=args.arch or "",
+        package_path=str(Path.cwd() / args.package) if args.package else "",
+    )
+    _, disk = await _follow(context.screen, _messages(client.imager.BuildAgentImage(request)), "disk")
+    context.screen.result(
+        f"{args.agent} {disk.version}: {disk.path} ({size(disk.size_bytes)}), program {disk.program}",
+        _plain(disk),
+    )
 
 
 async def _push(context: Context, client: Client) -> None:

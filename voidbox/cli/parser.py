@@ -300,6 +300,10 @@ def _add_image(image: Parser, shared: list[Parser]) -> None:
     build = add("build-guest", "Build the kernel and initramfs that boxes boot.")
     build.add_argument("--kernel", choices=("debian", "slim"), default="debian", help="which kernel")
     build.add_argument("--no-default", action="store_true", help="do not make it the default")
+    agent = add("build-agent", "Make the read-only disk of an agent's program from its pinned package.")
+    agent.add_argument("agent", metavar="AGENT", help="claude-code or codex")
+    agent.add_argument("--arch", metavar="NAME", help="amd64 or arm64 (the host's)")
+    agent.add_argument("--package", metavar="FILE", help="the package as a file, where npm cannot fetch it")
 
 
 def _positive(text: str) -> int:

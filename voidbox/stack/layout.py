@@ -22,6 +22,8 @@ _PASSED = frozenset({
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
     "http_proxy", "https_proxy", "no_proxy", "all_proxy", "GRPC_VERBOSITY", "GRPC_TRACE",
+    "NODE_EXTRA_CA_CERTS", "npm_config_registry", "NPM_CONFIG_REGISTRY", "npm_config_userconfig",
+    "NPM_CONFIG_USERCONFIG",
 })  # fmt: skip
 _CHOICES = ("VOID_BOX_KERNEL", "VOID_BOX_INITRAMFS", "VOIDBOX_CONFIG")
 # Belong to clients: where they find a stack, and how it lets them in.

@@ -142,4 +142,4 @@ complete_words voidbox exec -- --mem
 """
     )
     done = subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["stop stats status", "--memory-mb", "human json", "pull", ""]
+    assert done.stdout.splitlines() == ["stop stats status", "--memory-mb", "human json", "pull push", ""]
