@@ -90,6 +90,16 @@ class MachineCalls:
         guest.save(wanted.secret)
         return done
 
+    @call()
+    async def FreezePrograms(
+        self, request: pb.FreezeProgramsRequest, _context: Any
+    ) -> pb.FreezeProgramsResponse:
+        """Stop all programs, or let them go on."""
+        from guest.freezer import set_frozen
+
+        await asyncio.to_thread(set_frozen, self.guest.settings.cgroup, request.frozen)
+        return pb.FreezeProgramsResponse()
+
     @call(before_claim=True)
     async def GetGuest(self, _request: pb.GetGuestRequest, _context: Any) -> pb.GetGuestResponse:
         """Describe the guest."""

@@ -54,6 +54,8 @@ async def running(
         raise InvalidInput("memory_overcommit must be 0.1 to 100", reason="BAD_CONFIG")
     if not 0 <= config.parallel_starts <= 1000:
         raise InvalidInput("parallel_starts must be 0 to 1000", reason="BAD_CONFIG")
+    if config.snapshots_mib < 0:
+        raise InvalidInput("snapshots_mib must not be negative", reason="BAD_CONFIG")
     listen = Address.parse(config.listen or f"unix:{paths.runtime}/hypervisor.sock")
     token = read_token(config.token_file) if config.token_file else ""
     identities = Identities.for_service(config.machine_uid, config.machine_uids)
@@ -68,6 +70,7 @@ async def running(
             parallel_starts=config.parallel_starts or max(2, len(os.sched_getaffinity(0))),
             pool=pool_bounds(config, Host.measure()),
             templates=config.templates,
+            snapshots_mib=config.snapshots_mib,
             driver=driver,
         ) as registry:
             servicer = HypervisorServicer(registry, prober)

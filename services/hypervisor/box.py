@@ -192,10 +192,16 @@ class Box:
         record.write_atomically(self.directory / layout.SECRET_FILE, identity.secret)
         phases.add("claim" if plan.saved or pooled else "boot")
         attachments = prepare.attachments(self.record.config)
+        if plan.restored_disks:
+            attachments = [each for each in attachments if not each.disk]  # the guest has them mounted
         for attachment in attachments:
             await self._unless_ended(guest.mount(attachment))
         if attachments:
             phases.add("mount")
+        if plan.frozen:
+            # Only now: no program goes on before it is on a machine with an identity of its own.
+            await self._unless_ended(guest.freeze(False))
+            phases.add("thaw")
         self._update(
             state=BoxState.RUNNING, boot_id=claimed.boot_id, ready_time=time.time(), phases=phases.done
         )
@@ -419,6 +425,53 @@ class Box:
                 raise self._not("paused")
             await self._machine.resume()
             self._update(state=BoxState.RUNNING)
+
+    async def capture(self, into: Saved, layers: Path) -> float:
+        """Save the running box and let it go on.
+
+        Args:
+            into: Receives memory, devices, and what whoever restores them has to know.
+            layers: Directory that receives its disks' private layers.
+
+        Returns:
+            Seconds that its programs stood still.
+
+        Raises:
+            WrongState: it does not run, or cannot be saved.
+            VoidboxError: it could not be saved; it goes on.
+        """
+        async with self._operation:
+            guest, machine = self.guest, self._machine
+            assert machine is not None
+            if self.record.config.mounts:
+                raise WrongState(
+                    f"box {self.id} has host directories mounted, and what of them is open cannot be "
+                    "saved; copy the files in instead: voidbox cp",
+                    reason="BOX_HAS_MOUNTS",
+                    box=self.id,
+                )
+            if self.record.origin == "boot":
+                raise WrongState(
+                    f"box {self.id} booted by itself; only a box that was restored can be saved (leave out "
+                    "cold_boot)",
+                    reason="BOX_BOOTED_COLD",
+                    box=self.id,
+                )
+            began = 0.0
+
+            async def stand_still() -> None:
+                nonlocal began
+                began = time.monotonic()
+                await guest.freeze(True)
+
+            with self.in_use():
+                try:
+                    await self._unless_ended(machine.capture(into, layers, stand_still))
+                finally:
+                    if began:
+                        await self._unless_ended(guest.freeze(False))
+                into.facts |= {"secret": guest.metadata[0][1].hex(), "frozen": True}
+                return time.monotonic() - began
 
     def usage(self) -> stats.Usage:
         """What its processes take of the host."""

@@ -33,6 +33,8 @@ REHEARSAL = "rehearsal"
 ENTROPY_BYTES = 64
 # A mount inside a guest under emulation takes well below a second.
 MOUNT_SECONDS = 30.0
+# Longer than the guest itself waits for its programs, and for a device that was plugged in again.
+FREEZE_SECONDS = 40.0
 
 # The socket stands before the guest runs, so a connection is accepted and then waits for the
 # guest's driver; it is refused while the driver is up and the agent not yet, then tried again.
@@ -217,6 +219,20 @@ class Guest:
         )
         try:
             await self.stub.Mount(request, timeout=MOUNT_SECONDS, metadata=self.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def freeze(self, frozen: bool) -> None:
+        """Have all programs stand still, or go on.
+
+        Raises:
+            VoidboxError: as the guest says.
+        """
+        request = guest_pb2.FreezeProgramsRequest(frozen=frozen)
+        try:
+            await self.stub.FreezePrograms(
+                request, timeout=FREEZE_SECONDS, wait_for_ready=True, metadata=self.metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 

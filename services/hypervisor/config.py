@@ -34,6 +34,9 @@ class Config:
     pool_memory_mib: int = setting(
         0, "memory that all that wait may take, in MiB; 0: an eighth of the host's"
     )
+    snapshots_mib: int = setting(
+        16384, "disk that all snapshots may take, in MiB; those not used for longest make room for new ones"
+    )
     memory_overcommit: float = setting(
         1.0,
         "memory promised to boxes may reach this multiple of the host's; guests take only what they touch",

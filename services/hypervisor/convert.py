@@ -25,6 +25,7 @@ from services.hypervisor.model import (
 )
 from services.hypervisor.prepare import unsupported
 from services.hypervisor.probe import ProbeResult
+from services.hypervisor.snapshots import Snapshot, check_name
 from services.hypervisor.states import BoxState
 from services.hypervisor.templates import Template
 from voidbox.common.v1 import common_pb2
@@ -93,8 +94,6 @@ def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
     """
     if message.egress.enabled or message.egress.allow or message.egress.host_ports:
         raise unsupported("network access (egress)")
-    if message.snapshot:
-        raise unsupported("starting from a snapshot")
     if message.accelerator not in _ACCELERATORS:
         raise InvalidInput(
             f"accelerator {_name(hypervisor_pb2.Accelerator, message.accelerator)} cannot be had here; "
@@ -107,9 +106,14 @@ def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
     for name in message.env:
         if not name or "=" in name:
             raise InvalidInput(f"env: {name!r} is no name of an environment variable", field="env")
+    if message.snapshot:
+        check_name(message.snapshot)
+    kernel, initramfs = message.kernel_path, message.initramfs_path
+    if kernel or initramfs or not message.snapshot:
+        kernel, initramfs = _path(kernel, "kernel_path"), _path(initramfs, "initramfs_path")
     return BoxConfig(
-        kernel_path=_path(message.kernel_path, "kernel_path"),
-        initramfs_path=_path(message.initramfs_path, "initramfs_path"),
+        kernel_path=kernel,
+        initramfs_path=initramfs,
         resources=Resources(
             memory_mib=message.resources.memory_mib or 1024,
             vcpus=message.resources.vcpus or 1,
@@ -126,6 +130,8 @@ def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
         hostname=message.hostname,
         cold_boot=message.cold_boot,
         confinement=_read_confinement(message.confinement),
+        holds_secrets=message.holds_secrets,
+        snapshot=message.snapshot,
     )
 
 
@@ -257,6 +263,8 @@ def _config(config: BoxConfig) -> hypervisor_pb2.BoxConfig:
         hostname=config.hostname,
         cold_boot=config.cold_boot,
         confinement=None if config.confinement == Confinement() else confinement(config.confinement),
+        holds_secrets=config.holds_secrets,
+        snapshot=config.snapshot,
     )
     if config.max_lifetime:
         message.max_lifetime.CopyFrom(duration(config.max_lifetime))
@@ -303,6 +311,23 @@ def template(value: Template, pooled: int) -> hypervisor_pb2.Template:
         use_time=timestamp(value.use_time),
         size_bytes=value.size_bytes,
         pooled=pooled,
+    )
+
+
+def snapshot(value: Snapshot) -> hypervisor_pb2.Snapshot:
+    """A snapshot as clients see it."""
+    return hypervisor_pb2.Snapshot(
+        name=value.id,
+        box_id=value.box_id,
+        create_time=timestamp(value.create_time),
+        size_bytes=value.size_bytes,
+        digest=common_pb2.Digest(value=value.digest),
+        has_secrets=value.has_secrets,
+        resources=common_pb2.Resources(
+            memory_mib=value.resources.memory_mib,
+            vcpus=value.resources.vcpus,
+            disk_mib=value.resources.disk_mib,
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -44,6 +44,16 @@ class MachinePlan:
     into: Saved | None = None
     restored_disks: int = 0
     note: Callable[[str], None] = lambda _phase: None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the saved machine's programs stand still and wait to be let go on."""
+        return self.saved is not None and bool(self.saved.facts.get("frozen"))
+
+    @property
+    def vsock_port(self) -> int:
+        """The root port that is free for a restored machine's vsock device."""
+        return int(self.saved.facts.get("vsock_port", 0)) if self.saved is not None else 0
 
     @property
     def former(self) -> bytes:
@@ -90,6 +100,18 @@ class Machine(Protocol):
 
     async def complete(self, plan: MachinePlan) -> None:
         """Plug the disks of `plan` into a machine that was restored without any, and let it go on."""
+        ...
+
+    async def capture(self, into: Saved, layers: Path, before: Callable[[], Awaitable[None]]) -> None:
+        """Save the running machine, and copies of its disks' private layers to `layers`; it goes on.
+
+        Its vsock device is taken out and put back, which ends all streams to the guest; `before` is
+        awaited before that.
+
+        Raises:
+            WrongState: it is not one that can be saved.
+            VoidboxError: it could not be saved; it goes on, or has ended.
+        """
         ...
 
     async def save(self, into: Saved) -> None:

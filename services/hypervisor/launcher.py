@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import secrets
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from services.common.errors import Internal, VoidboxError
-from services.hypervisor import prepare
+from services.common.errors import Internal, VoidboxError, WrongState
+from services.hypervisor import disks, prepare, record, saved
 from services.hypervisor.box import Box, Phases
 from services.hypervisor.claim import Identity
 from services.hypervisor.driver import Driver, NotRestored
@@ -25,7 +27,8 @@ from services.hypervisor.pool import Bounds, Pool
 from services.hypervisor.probe import Prober
 from services.hypervisor.programs import Programs
 from services.hypervisor.saved import Saved
-from services.hypervisor.templates import Key, Template, Templates, make_key
+from services.hypervisor.snapshots import Snapshot, Snapshots, holds_secrets
+from services.hypervisor.templates import Key, Template, Templates, host_facts, make_key
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class Launcher:
         *,
         bounds: Bounds,
         templates: bool,
+        snapshots_mib: int,
         free_cid: Callable[[], int],
         check_room: Callable[[BoxConfig], None],
         quiet: Callable[[], Awaitable[None]],
@@ -66,6 +70,7 @@ class Launcher:
         self._check_room = check_room
         self.machines: dict[str, Box] = {}
         self.templates = Templates(layout)
+        self.snapshots = Snapshots(layout, snapshots_mib << 20)
         self.pool = Pool(bounds, make=self._make_pooled, end=self._end, quiet=quiet)
 
     async def close(self) -> None:
@@ -73,8 +78,8 @@ class Launcher:
         await self.pool.close()
         await self.templates.close()
 
-    async def start(self, box: Box, seconds: float, phases: Phases) -> None:
-        """Bring a box up, in the directory that is to be its.
+    async def start(self, box: Box, seconds: float, phases: Phases, source: Source | None = None) -> None:
+        """Bring a box up, in the directory that is to be its; from `source` if it is a fork.
 
         Raises:
             VoidboxError: it did not come up; call `Box.destroy` and remove the directory.
@@ -87,9 +92,16 @@ class Launcher:
         launch = _Launch(
             box, deadline, phases, found, self._driver(found), accelerator, self._prober.transport()
         )
-        if not self._by_template or config.cold_boot:
+        if source is not None:
+            await self._run_saved(launch, source.copy())
+            return
+        if (not self._by_template or config.cold_boot) and not config.snapshot:
             self._begin(launch, "boot")
             await self._run(launch, None)
+            return
+        if config.snapshot:
+            machine, layers = await self.snapshots.load(config.snapshot, host_facts(found, accelerator))
+            await self._run_saved(launch, Source(machine, layers, "snapshot"))
             return
         key = await self._key(config, found, accelerator)
         # Who a machine is decides what it may read of a mount, and the pool's are somebody already.
@@ -102,12 +114,27 @@ class Launcher:
         launch.box.directory.mkdir(mode=0o700)
         launch.box.begin(accelerator=launch.accelerator, transport=launch.transport, origin=origin)
 
+    async def _run_saved(self, launch: _Launch, source: Source) -> None:
+        """Restore a box that was saved while it ran; closes `source`."""
+        box = launch.box
+        try:
+            self._begin(launch, source.origin)
+            if source.origin == "snapshot":
+                await asyncio.to_thread(saved.copy_disks, source.layers, box.directory)
+            else:
+                await asyncio.to_thread(disks.clone_all, source.layers, box.directory)
+            launch.phases.add("disks")
+            await self._run(launch, source.machine, layered=True)
+        finally:
+            source.machine.close()
+
     async def _run_restored(self, launch: _Launch, key: Key) -> None:
         box = launch.box
         self._begin(launch, "template")
         template = await self.templates.get(key, functools.partial(self._boot_into, launch))
         try:
-            await self._run(launch, template)
+            with contextlib.closing(template):
+                await self._run(launch, template)
         except NotRestored as error:
             log.warning("template %s is removed: %s", key.id, error.message)
             await self.templates.discard(key.id)
@@ -134,12 +161,17 @@ class Launcher:
             await self._end(pooled)
         return True
 
-    async def _run(self, launch: _Launch, saved: Saved | None, pooled: Box | None = None) -> None:
+    async def _run(
+        self,
+        launch: _Launch,
+        machine: Saved | None,
+        pooled: Box | None = None,
+        *,
+        layered: bool = False,
+    ) -> None:
         box, phases = launch.box, launch.phases
         cid = (pooled or box).record.cid
         with contextlib.ExitStack() as stack:
-            if saved is not None:
-                stack.callback(saved.close)
             plan, user = await prepare.prepare(
                 box.id,
                 box.record.config,
@@ -150,8 +182,9 @@ class Launcher:
                 cid=cid,
                 fallback=self._identities.of(cid),
                 stack=stack,
-                boots=saved is None and pooled is None,
-                saved=saved,
+                boots=machine is None and pooled is None,
+                layered=layered,
+                saved=machine,
                 note=phases.add,
             )
             phases.add("prepare")
@@ -262,6 +295,59 @@ class Launcher:
                 raise
         return box
 
+    # Boxes that run
+
+    @contextlib.asynccontextmanager
+    async def captured(self, box: Box, *, allow_secrets: bool) -> AsyncIterator[tuple[Source, float]]:
+        """A running box as it is now, for the length of the block, and how long it stood still.
+
+        Raises:
+            WrongState: it holds secrets and that was not allowed, or it cannot be saved.
+            VoidboxError: it could not be saved; it goes on.
+        """
+        config = box.record.config
+        secret = holds_secrets(config)
+        if secret and not allow_secrets:
+            raise WrongState(
+                f"box {box.id} holds secrets, and each copy would have them too; allow that "
+                "with --allow-secrets",
+                reason="HOLDS_SECRETS",
+                box=box.id,
+            )
+        found = await self._prober.programs()
+        staging = self._layout.machines / f"capture-{secrets.token_hex(5)}"
+        machine = saved.empty(
+            config.resources.memory_mib,
+            {
+                "host": host_facts(found, box.record.accelerator),
+                "config": record.config_to_plain(dataclasses.replace(config, snapshot="", mounts=())),
+                "box_id": box.id,
+                "create_time": time.time(),
+                "has_secrets": secret,
+            },
+        )
+        try:
+            await asyncio.to_thread(staging.mkdir, mode=0o700)
+            pause = await box.capture(machine, staging)
+            machine.seal()
+            yield Source(machine, staging, "fork"), pause
+        finally:
+            machine.close()
+            await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)
+
+    async def snapshot(self, box: Box, name: str, *, allow_secrets: bool) -> tuple[Snapshot, float]:
+        """Save a running box under a name; also how long it stood still, in seconds.
+
+        Raises:
+            AlreadyExists: the name is taken.
+            WrongState: it holds secrets and that was not allowed, or it cannot be saved.
+            Exhausted: the disk is full.
+        """
+        with self.snapshots.reserved(name):
+            async with self.captured(box, allow_secrets=allow_secrets) as (source, pause):
+                layers = await asyncio.to_thread(lambda: sorted(source.layers.iterdir()))
+                return await self.snapshots.write(name, source.machine, layers), pause
+
     def _launch(
         self, kind: str, config: BoxConfig, found: Programs, accelerator: Accelerator, deadline: float
     ) -> _Launch:
@@ -272,10 +358,10 @@ class Launcher:
         """
         self._check_room(config)
         name = f"{kind}-{secrets.token_hex(5)}"
-        record = BoxRecord(
+        fresh = BoxRecord(
             id=name, config=config, create_time=time.time(), cid=self._free_cid(), host_boot_id=host_boot_id()
         )
-        self.machines[name] = box = Box(record, self._layout.machines / name, lambda _: None)
+        self.machines[name] = box = Box(fresh, self._layout.machines / name, lambda _: None)
         return _Launch(
             box, deadline, Phases(), found, self._driver(found), accelerator, self._prober.transport()
         )
@@ -288,6 +374,19 @@ class Launcher:
             log.error("machine %s: %s", box.id, error)
         await asyncio.to_thread(shutil.rmtree, box.directory, ignore_errors=True)
         self.machines.pop(box.id, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A box that was saved: its machine, the directory of its disks' layers, and how it came about."""
+
+    machine: Saved
+    layers: Path
+    origin: str
+
+    def copy(self) -> Source:
+        """The same, to be closed on its own."""
+        return Source(self.machine.copy(), self.layers, self.origin)
 
 
 @dataclass(frozen=True, slots=True)

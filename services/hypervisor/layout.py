@@ -3,10 +3,11 @@
 <state>/hypervisor/lock          held by the one service that owns the boxes below
 <state>/hypervisor/probes.json   what probes found on this boot of the host
 <state>/hypervisor/boxes/<id>/   one box: everything of it, so removing it removes all
-    state.json  secret  exit.json  vsock.stats  console.log  vmm.log  *.qcow2
+    state.json  secret  exit.json  device.json  vsock.stats  console.log  vmm.log  *.qcow2
     guest.sock  qmp.sock
 <state>/hypervisor/machines/<name>/   the same for machines that are no boxes: they end with the service
 <state>/hypervisor/templates/<id>/    a saved machine (services.hypervisor.saved)
+<state>/hypervisor/snapshots/<name>/  the same, with its disks
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ GUEST_SOCKET = "guest.sock"
 QMP_SOCKET = "qmp.sock"
 EXIT_FILE = "exit.json"
 STATS_FILE = "vsock.stats"
+DEVICE_FILE = "device.json"
 CONSOLE_FILE = "console.log"
 LOG_FILE = "vmm.log"
 SECRET_FILE = "secret"  # noqa: S105 - a file's name
@@ -59,6 +61,11 @@ class Layout:
         """The directory that holds the templates' directories."""
         return self.root / "templates"
 
+    @property
+    def snapshots(self) -> Path:
+        """The directory that holds the snapshots' directories."""
+        return self.root / "snapshots"
+
     def template(self, template_id: str) -> Path:
         """A template's directory."""
         return self.templates / template_id
@@ -75,6 +82,7 @@ class Layout:
         private_dir(self.boxes)
         private_dir(self.machines)
         private_dir(self.templates)
+        private_dir(self.snapshots)
 
     def box(self, box_id: str) -> Path:
         """A box's directory; `box_id` has been checked."""
@@ -97,7 +105,7 @@ class Layout:
     @staticmethod
     def clear_machine(directory: Path) -> None:
         """Remove what a machine has left in a box's directory, so that another can start there."""
-        for name in (GUEST_SOCKET, QMP_SOCKET, EXIT_FILE, STATS_FILE, CONSOLE_FILE, LOG_FILE):
+        for name in (GUEST_SOCKET, QMP_SOCKET, EXIT_FILE, STATS_FILE, DEVICE_FILE, CONSOLE_FILE, LOG_FILE):
             (directory / name).unlink(missing_ok=True)
         shutil.rmtree(directory / DEVICE_DIRECTORY, ignore_errors=True)
 

@@ -115,6 +115,8 @@ class BoxConfig:
     hostname: str = ""
     confinement: Confinement = field(default_factory=Confinement)
     cold_boot: bool = False
+    holds_secrets: bool = False
+    snapshot: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,6 +119,7 @@ async def prepare(
     fallback: Identity,
     stack: contextlib.ExitStack,
     boots: bool = True,
+    layered: bool = False,
     saved: Saved | None = None,
     note: Callable[[str], None] = lambda _phase: None,
 ) -> tuple[MachinePlan, tuple[int, int] | None]:
@@ -128,6 +129,8 @@ async def prepare(
         stack: Closes the descriptors.
         fallback: Who the machine runs as if no mount decides.
         boots: Whether it boots, and so needs a kernel.
+        layered: Whether the private layers of its disks are in `directory` already, and the saved
+            machine has its disks.
         saved: What it is restored from.
         note: Hears of the phases of the machine's start.
 
@@ -155,7 +158,10 @@ async def prepare(
         if disk.writable:
             path = directory / f"{disk_serial(config, number)}.qcow2"
             size = config.resources.disk_mib if disk is config.root_disk else 0
-            layer = own(await disks.make_overlay(programs, disk, base, size, path))
+            if layered:
+                layer = own(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+            else:
+                layer = own(await disks.make_overlay(programs, disk, base, size, path))
         disk_fds.append((base, layer))
     plan = MachinePlan(
         box_id=box_id,
@@ -170,6 +176,7 @@ async def prepare(
         disk_fds=tuple(disk_fds),
         mount_fds=tuple(mount_fds),
         saved=saved,
+        restored_disks=len(disk_fds) if layered else 0,
         note=note,
     )
     return plan, (identity.uid, identity.gid) if same_user and identity.uid != 0 else None

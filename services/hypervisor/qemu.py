@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import grpc
 
-from services.common.errors import Internal, NotFound, Unavailable, VoidboxError
+from services.common.errors import Internal, NotFound, Unavailable, VoidboxError, WrongState
 from services.common.process import clean_env
-from services.hypervisor import claim, console, failure, layout, qmp, saved
+from services.hypervisor import capture, claim, console, disks, failure, layout, qmp, record, saved
 from services.hypervisor.argv import (
     SAVED_PORTS,
     VHOST_SOCKET,
@@ -149,7 +150,7 @@ class QemuMachine:
 
     async def _plug(self, plan: MachinePlan, vsock: VsockDevice) -> None:
         """Give a restored machine what is its own, and let it go on."""
-        await self._monitor.plug_vsock(vsock, 0)
+        await self._plug_vsock(vsock, plan.vsock_port)
         disks = _disk_devices(plan)[plan.restored_disks :]
         await self._monitor.plug(disks, _share_devices(plan), plan.restored_disks)
         await self._monitor.execute("cont")
@@ -203,7 +204,7 @@ class QemuMachine:
             device_fd = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
         pass_fds.append(own(device_fd))
         vsock = VsockDevice(transport=plan.transport, cid=plan.cid, fd=device_fd)
-        self._vsock = vsock
+        self._note_vsock(vsock, 0)
         machine = MachineConfig(
             program=programs.system,
             name=plan.box_id,
@@ -264,9 +265,10 @@ class QemuMachine:
 
     # Taking up
 
-    async def _adopt(self, record: BoxRecord) -> None:
-        self._watch(record.shim_pid, record.shim_start)
-        self.vmm_pid = record.vmm_pid
+    async def _adopt(self, found: BoxRecord) -> None:
+        self._watch(found.shim_pid, found.shim_start)
+        self.vmm_pid = found.vmm_pid
+        self._read_vsock()
         connection = socket.socket(socket.AF_UNIX)
         connection.setblocking(False)
         try:
@@ -333,11 +335,54 @@ class QemuMachine:
         await self._monitor.execute("cont")
         plan.note("plug")
 
+    async def _plug_vsock(self, vsock: VsockDevice, port: int) -> None:
+        self._note_vsock(vsock, port)
+        await self._monitor.plug_vsock(vsock, port)
+
+    def _note_vsock(self, vsock: VsockDevice, port: int) -> None:
+        """Remember the device, also for a service that takes this machine up."""
+        self._vsock, self._vsock_port = vsock, port
+        text = json.dumps(
+            {"transport": vsock.transport.value, "cid": vsock.cid, "fd": vsock.fd, "port": port}
+        )
+        record.write_atomically(self._directory / layout.DEVICE_FILE, text.encode())
+
+    def _read_vsock(self) -> None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found = json.loads((self._directory / layout.DEVICE_FILE).read_bytes())
+            self._vsock_port = int(found["port"])
+            self._vsock = VsockDevice(
+                transport=Transport(found["transport"]), cid=int(found["cid"]), fd=int(found["fd"])
+            )
+
+    async def capture(self, into: Saved, layers: Path, before: Callable[[], Awaitable[None]]) -> None:
+        """See `Machine.capture`."""
+        if self._vsock is None:
+            raise WrongState("it is not known how its vsock device is plugged in", reason="NOT_RESTORED")
+        with await asyncio.to_thread(capture.opened, self.vmm_pid) as memory:
+            await asyncio.to_thread(memory.copy_origin, into.memory_fd)
+            port = self._vsock_port
+            await before()
+            await self._monitor.unplug_vsock(port, self._vsock.transport)
+            try:
+                await self._monitor.execute("stop")
+                await self._save_devices(into)
+                await asyncio.to_thread(memory.copy_own, into.memory_fd)
+                await asyncio.to_thread(disks.clone_all, self._directory, layers)
+                into.facts["vsock_port"] = 1 - port
+            finally:
+                # On the other port: one that has just lost its device does not always take the next.
+                await self._plug_vsock(self._vsock, 1 - port)
+                await self._monitor.execute("cont")
+
     async def save(self, into: Saved) -> None:
         """See `Machine.save`."""
         assert self._vsock is not None
         await self._monitor.unplug_vsock(self._vsock_port, self._vsock.transport)
         await self._monitor.execute("stop")
+        await self._save_devices(into)
+
+    async def _save_devices(self, into: Saved) -> None:
         state = saved.reopened(into.devices_fd, os.O_WRONLY)
         try:
             await self._monitor.save(state)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from services.common.errors import Corrupt, Exhausted
-from services.hypervisor.model import BoxRecord
+from services.hypervisor.model import BoxConfig, BoxRecord
 
 FILE_NAME = "state.json"
 _VERSION = 1
@@ -76,6 +76,21 @@ def load(directory: Path) -> BoxRecord:
         return record
     except (ValueError, KeyError, TypeError) as error:
         raise Corrupt(f"{path} is damaged: {error}", reason="BAD_STATE_FILE", path=path) from error
+
+
+def config_to_plain(config: BoxConfig) -> Any:
+    """A configuration as JSON can hold it."""
+    return _plain(config)
+
+
+def config_from_plain(document: Any) -> BoxConfig:
+    """The configuration that `config_to_plain` was given.
+
+    Raises:
+        ValueError: it is not one that this version wrote.
+    """
+    config: BoxConfig = _build(BoxConfig, document)
+    return config
 
 
 def _plain(value: Any) -> Any:

@@ -10,16 +10,24 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.common.errors import AlreadyExists, Cancelled, Exhausted, Internal, NotFound, VoidboxError
+from services.common.errors import (
+    AlreadyExists,
+    Cancelled,
+    Exhausted,
+    Internal,
+    InvalidInput,
+    NotFound,
+    VoidboxError,
+)
 from services.hypervisor import admission, prepare, record
 from services.hypervisor.admission import Host
 from services.hypervisor.box import DEFAULT_STOP_GRACE, Box, Phases
 from services.hypervisor.identities import Identities
-from services.hypervisor.launcher import DriverFactory, Launcher
+from services.hypervisor.launcher import DriverFactory, Launcher, Source
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import BoxConfig, BoxRecord, check_box_id
 from services.hypervisor.pidfd import host_boot_id, kill_now
@@ -32,6 +40,7 @@ from services.hypervisor.watch import Watchers
 log = logging.getLogger(__name__)
 
 DEFAULT_START_SECONDS = 120.0
+MAX_FORKS = 64
 STOPPED_BY_CALLER = "stopped on request"
 
 
@@ -59,6 +68,7 @@ class Registry:
         parallel_starts: int,
         pool: Bounds,
         templates: bool = True,
+        snapshots_mib: int = 16384,
         driver: DriverFactory = QemuDriver,
     ) -> None:
         self._layout = layout
@@ -78,6 +88,7 @@ class Registry:
             self._starts,
             bounds=pool,
             templates=templates,
+            snapshots_mib=snapshots_mib,
             free_cid=self._free_cid,
             check_room=self._check_room,
             quiet=self._quiet,
@@ -89,6 +100,7 @@ class Registry:
         await asyncio.to_thread(self._layout.empty_trash)
         await asyncio.to_thread(_end_machines, self._layout)
         await asyncio.to_thread(self.launcher.templates.clean)
+        await asyncio.to_thread(self.launcher.snapshots.clean)
         found = [await asyncio.to_thread(self._read, box_id) for box_id in self._layout.box_ids()]
         records = sorted((each for each in found if each is not None), key=lambda each: each.create_time)
         for each in records:
@@ -179,6 +191,8 @@ class Registry:
             VoidboxError: it did not come up; nothing of it is left.
         """
         box_id = check_box_id(box_id) if box_id else f"box-{secrets.token_hex(5)}"
+        if config.snapshot:
+            config = await self.launcher.snapshots.resolve(config)
         existing = self._boxes.get(box_id)
         if existing is None:
             creation = self._admit(box_id, config, start_seconds)
@@ -196,7 +210,9 @@ class Registry:
         await self._join(creation)
         return box.record
 
-    def _admit(self, box_id: str, config: BoxConfig, start_seconds: float) -> _Creation:
+    def _admit(
+        self, box_id: str, config: BoxConfig, start_seconds: float, source: Source | None = None
+    ) -> _Creation:
         """Reserve the id and the memory; no other call comes between check and reservation."""
         self._check_room(config)
         admission.check_disk(self._layout.boxes)
@@ -208,7 +224,7 @@ class Registry:
             host_boot_id=host_boot_id(),
         )
         box = Box(fresh, self._layout.box(box_id), self.watchers.changed)
-        task = asyncio.create_task(self._create(box, start_seconds), name=f"create {box_id}")
+        task = asyncio.create_task(self._create(box, start_seconds, source), name=f"create {box_id}")
         self._boxes[box_id] = box
         self._creations[box_id] = creation = _Creation(task)
         task.add_done_callback(lambda _: self._creations.pop(box_id, None))
@@ -228,12 +244,12 @@ class Registry:
         finally:
             creation.waiters -= 1
 
-    async def _create(self, box: Box, start_seconds: float) -> None:
+    async def _create(self, box: Box, start_seconds: float, source: Source | None) -> None:
         try:
             phases = Phases()
             async with self._starts:
                 phases.add("queue")
-                await self.launcher.start(box, start_seconds, phases)
+                await self.launcher.start(box, start_seconds, phases, source)
         except BaseException as error:
             stopped = isinstance(error, asyncio.CancelledError)
             await box.destroy("stopped while it was starting" if stopped else str(error))
@@ -281,6 +297,44 @@ class Registry:
         """Return when no box is being started."""
         while self._creations:
             await asyncio.wait([each.task for each in self._creations.values()])
+
+    async def fork(
+        self, box_id: str, fork_ids: Sequence[str], *, allow_secrets: bool
+    ) -> tuple[list[BoxRecord], float]:
+        """Make copies of a running box, all of them or none; also how long it stood still, in seconds.
+
+        Raises:
+            NotFound: there is no such box.
+            AlreadyExists: an id is taken.
+            InvalidInput: there are no ids, or one twice.
+            WrongState: it holds secrets and that was not allowed, or it cannot be saved.
+            Exhausted: the host has no room.
+        """
+        box = self.get(box_id)
+        ids = [check_box_id(each) for each in fork_ids]
+        if not 0 < len(set(ids)) == len(ids) <= MAX_FORKS:
+            raise InvalidInput(f"fork_ids must be 1 to {MAX_FORKS} different ids", reason="BAD_FORK_IDS")
+        for each in ids:
+            if each in self._boxes:
+                raise AlreadyExists(f"box {each} exists; choose another id", reason="BOX_EXISTS", box=each)
+        config = dataclasses.replace(box.record.config, hostname="", snapshot="")
+        async with self.launcher.captured(box, allow_secrets=allow_secrets) as (source, pause):
+            made: list[str] = []
+            try:
+                creations = []
+                for each in ids:
+                    creations.append(self._admit(each, config, DEFAULT_START_SECONDS, source))
+                    made.append(each)
+                async with asyncio.TaskGroup() as group:
+                    for creation in creations:
+                        group.create_task(self._join(creation))
+            except BaseException as error:
+                for each in made:
+                    await self.delete(each, force=True)
+                if isinstance(error, BaseExceptionGroup):
+                    raise error.exceptions[0] from error
+                raise
+        return [self._boxes[each].record for each in ids], pause
 
     async def stop(self, box_id: str, grace: float = DEFAULT_STOP_GRACE) -> BoxRecord:
         """End a box. Idempotent.

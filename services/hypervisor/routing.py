@@ -16,7 +16,7 @@ BOX_KEY = "voidbox-box-id"
 GUEST_SERVICE = "voidbox.guest.v1.GuestService"
 HEALTH_SERVICE = "grpc.health.v1.Health"
 # What only the hypervisor itself may ask of a guest.
-RESERVED = frozenset({"Claim", "Mount", "ConfigureNetwork"})
+RESERVED = frozenset({"Claim", "Mount", "ConfigureNetwork", "FreezePrograms"})
 
 
 def box_id_of(metadata: Metadata) -> str | None:

@@ -16,10 +16,12 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from services.common.errors import Corrupt
 from services.hypervisor.record import full_disk
@@ -27,8 +29,10 @@ from services.hypervisor.record import full_disk
 CHUNK = 64 * 1024
 MANIFEST = "saved.json"
 RAM = "ram"
+RAM_NAME = "voidbox-ram"
 DEVICES = "devices"
 _VERSION = 1
+_DISK_NAME = re.compile(r"[a-z0-9]{1,20}\.qcow2")
 _READ = 1 << 20
 _MIB = 1 << 20
 # The stream of a machine with forty devices has 60 kB.
@@ -81,9 +85,9 @@ class Saved:
 
 def empty(memory_mib: int, facts: dict[str, Any] | None = None) -> Saved:
     """A machine with `memory_mib` MiB of zeros and no state, to be filled and sealed."""
-    memory = memory_file("ram", memory_mib * _MIB)
+    memory = memory_file(RAM_NAME, memory_mib * _MIB)
     try:
-        return Saved(memory_fd=memory, devices_fd=memory_file("devices", 0), facts=facts or {})
+        return Saved(memory_fd=memory, devices_fd=memory_file("voidbox-devices", 0), facts=facts or {})
     except OSError:
         os.close(memory)
         raise
@@ -91,7 +95,7 @@ def empty(memory_mib: int, facts: dict[str, Any] | None = None) -> Saved:
 
 def memory_file(name: str, size: int) -> int:
     """A descriptor of a new file in memory that can be sealed."""
-    fd = os.memfd_create(f"voidbox-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
     except OSError:
@@ -105,7 +109,7 @@ def reopened(fd: int, flags: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
 
 
-def _data(fd: int) -> Iterator[tuple[int, int]]:
+def data_parts(fd: int) -> Iterator[tuple[int, int]]:
     """The parts (offset, length) of a file that are no holes, in whole chunks."""
     end = os.fstat(fd).st_size
     at = 0
@@ -120,8 +124,13 @@ def _data(fd: int) -> Iterator[tuple[int, int]]:
         at = stop
 
 
-def write(saved: Saved, directory: Path) -> None:
+def write(saved: Saved, directory: Path, disks: Sequence[Path] = ()) -> None:
     """Write a sealed machine to a new directory, durably. Blocks: a second for 200 MiB.
+
+    Args:
+        saved: The machine.
+        directory: Where it goes; it appears whole or not at all.
+        disks: Files that belong to it and are kept under their own names.
 
     Raises:
         Exhausted: the disk is full; nothing is left.
@@ -133,7 +142,12 @@ def write(saved: Saved, directory: Path) -> None:
         runs, digest = _write_ram(saved.memory_fd, partial / RAM)
         state = os.pread(saved.devices_fd, MAX_DEVICES_BYTES + 1, 0)
         _write_file(partial / DEVICES, state)
+        digests = {}
+        for disk in disks:
+            with disk.open("rb") as source, _create(partial / disk.name) as out:
+                digests[disk.name] = _copy(source, out)
         content = {
+            "disks": digests,
             "facts": saved.facts,
             "memory_bytes": os.fstat(saved.memory_fd).st_size,
             "runs": runs,
@@ -156,7 +170,7 @@ def _write_ram(memory_fd: int, path: Path) -> tuple[list[list[int]], str]:
     runs: list[list[int]] = []
     digest = hashlib.sha256()
     with _create(path) as out:
-        for start, length in _data(memory_fd):
+        for start, length in data_parts(memory_fd):
             for at in range(start, start + length, CHUNK):
                 chunk = os.pread(memory_fd, min(CHUNK, start + length - at), at)
                 if chunk == _ZEROS[: len(chunk)]:
@@ -172,6 +186,39 @@ def _write_ram(memory_fd: int, path: Path) -> tuple[list[list[int]], str]:
     return runs, digest.hexdigest()
 
 
+def _copy(source: IO[bytes], out: IO[bytes]) -> str:
+    """Copy the rest of a file durably, its long zeros as holes; returns its sha256."""
+    digest = hashlib.sha256()
+    while chunk := source.read(CHUNK):
+        digest.update(chunk)
+        if chunk == _ZEROS[: len(chunk)]:
+            out.seek(len(chunk), os.SEEK_CUR)
+        else:
+            out.write(chunk)
+    out.truncate(out.tell())
+    out.flush()
+    os.fsync(out.fileno())
+    return digest.hexdigest()
+
+
+def copy_disks(directory: Path, into: Path) -> None:
+    """Copy a saved machine's disks to the existing directory `into`, checked. Blocks.
+
+    Raises:
+        Corrupt: one is damaged.
+        Exhausted: the disk is full.
+    """
+    for name, digest in read_manifest(directory).disks.items():
+        try:
+            with (directory / name).open("rb") as source, _create(into / name) as out:
+                if _copy(source, out) != digest:
+                    raise _damaged(directory / name, "its digest is another")
+        except FileNotFoundError as error:
+            raise _damaged(directory / name, "it is missing") from error
+        except OSError as error:
+            raise full_disk(error, into) from error
+
+
 def _create(path: Path) -> Any:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb", _READ)
 
@@ -184,10 +231,7 @@ def _write_file(path: Path, data: bytes) -> None:
 
 
 def _remove(directory: Path) -> None:
-    for name in (MANIFEST, RAM, DEVICES):
-        (directory / name).unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        directory.rmdir()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +239,7 @@ class Manifest:
     """What saved.json says."""
 
     facts: dict[str, Any]
+    disks: dict[str, str]
     memory_bytes: int
     runs: tuple[tuple[int, int], ...]
     ram: str
@@ -218,6 +263,7 @@ def read_manifest(directory: Path) -> Manifest:
         content = json.loads(text)
         manifest = Manifest(
             facts=content["facts"],
+            disks={checked_name(name): str(digest) for name, digest in content["disks"].items()},
             memory_bytes=content["memory_bytes"],
             runs=tuple((int(at), int(length)) for at, length in content["runs"]),
             ram=content["ram"],
@@ -242,10 +288,10 @@ def read(directory: Path) -> Saved:
         Corrupt: a file is damaged.
     """
     manifest = read_manifest(directory)
-    memory = memory_file("ram", manifest.memory_bytes)
+    memory = memory_file(RAM_NAME, manifest.memory_bytes)
     saved = Saved(memory_fd=memory, devices_fd=-1, facts=manifest.facts)
     try:
-        saved.devices_fd = memory_file("devices", 0)
+        saved.devices_fd = memory_file("voidbox-devices", 0)
         _read_ram(directory / RAM, manifest, memory)
         state = _read_devices(directory / DEVICES)
         if hashlib.sha256(state).hexdigest() != manifest.devices:
@@ -294,12 +340,23 @@ def _write_all(fd: int, data: bytes, at: int) -> None:
         view, at = view[count:], at + count
 
 
+def checked_name(name: str) -> str:
+    """`name` itself, if it is one that a disk of ours has.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not _DISK_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a disk")
+    return name
+
+
 def disk_bytes(directory: Path) -> int:
     """What a saved machine takes of the disk."""
     total = 0
-    for name in (MANIFEST, RAM, DEVICES):
-        with contextlib.suppress(FileNotFoundError):
-            total += (directory / name).stat().st_blocks * 512
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(directory):
+            total += entry.stat(follow_symlinks=False).st_blocks * 512
     return total
 
 

@@ -128,8 +128,11 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
                 raise await box.explain(error) from error
 
     async def ForkBox(self, request: pb.ForkBoxRequest, context: Context) -> pb.ForkBoxResponse:
-        """Not built in this version."""
-        raise unsupported("fork")
+        """Makes copies of a running box."""
+        records, pause = await self._registry.fork(
+            request.box_id, request.fork_ids, allow_secrets=request.allow_secrets
+        )
+        return pb.ForkBoxResponse(boxes=map(convert.box, records), pause=convert.duration(pause))
 
     async def UpdateBox(self, request: pb.UpdateBoxRequest, context: Context) -> pb.UpdateBoxResponse:
         """Not built in this version."""
@@ -166,24 +169,32 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
     async def CreateSnapshot(
         self, request: pb.CreateSnapshotRequest, context: Context
     ) -> pb.CreateSnapshotResponse:
-        """Not built in this version."""
-        raise unsupported("snapshot")
+        """Saves a running box under a name."""
+        box = self._registry.get(request.box_id)
+        snapshot, pause = await self._registry.launcher.snapshot(
+            box, request.name, allow_secrets=request.allow_secrets
+        )
+        return pb.CreateSnapshotResponse(snapshot=convert.snapshot(snapshot), pause=convert.duration(pause))
 
     async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: Context) -> pb.GetSnapshotResponse:
-        """Not built in this version."""
-        raise unsupported("snapshot")
+        """Describes a snapshot."""
+        snapshot = await self._registry.launcher.snapshots.get(request.name)
+        return pb.GetSnapshotResponse(snapshot=convert.snapshot(snapshot))
 
     async def ListSnapshots(
         self, request: pb.ListSnapshotsRequest, context: Context
     ) -> pb.ListSnapshotsResponse:
-        """Not built in this version."""
-        raise unsupported("snapshot")
+        """Lists snapshots."""
+        snapshots = await self._registry.launcher.snapshots.all()
+        found, token = convert.page(snapshots, request.page_size, request.page_token)
+        return pb.ListSnapshotsResponse(snapshots=map(convert.snapshot, found), next_page_token=token)
 
     async def DeleteSnapshot(
         self, request: pb.DeleteSnapshotRequest, context: Context
     ) -> pb.DeleteSnapshotResponse:
-        """Not built in this version."""
-        raise unsupported("snapshot")
+        """Removes a snapshot."""
+        await self._registry.launcher.snapshots.delete(request.name)
+        return pb.DeleteSnapshotResponse()
 
     async def CreateVolume(
         self, request: pb.CreateVolumeRequest, context: Context

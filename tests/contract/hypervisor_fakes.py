@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class FakeGuest(guest_pb2_grpc.GuestServiceServicer):
         self.on_shutdown: Callable[[], None] = lambda: None
         self.hold = asyncio.Event()
         self.broken: VoidboxError | None = None
+        self.frozen: list[bool] = []
 
     async def Claim(self, request: guest_pb2.ClaimRequest, context: Any) -> guest_pb2.ClaimResponse:  # noqa: N802
         if not request.rehearsal:
@@ -73,6 +74,10 @@ class FakeGuest(guest_pb2_grpc.GuestServiceServicer):
     async def DeleteExec(self, request: Any, context: Any) -> guest_pb2.DeleteExecResponse:  # noqa: N802
         return guest_pb2.DeleteExecResponse()
 
+    async def FreezePrograms(self, request: Any, context: Any) -> guest_pb2.FreezeProgramsResponse:  # noqa: N802
+        self.frozen.append(request.frozen)
+        return guest_pb2.FreezeProgramsResponse()
+
     async def Shutdown(self, request: Any, context: Any) -> guest_pb2.ShutdownResponse:  # noqa: N802
         asyncio.get_running_loop().call_later(0.01, self.on_shutdown)
         return guest_pb2.ShutdownResponse()
@@ -85,6 +90,7 @@ class FakeMachine:
         self.ended = asyncio.Event()
         self.vmm_pid = os.getpid()
         self.guest = guest
+        self.directory = directory
         self._end = Remains(recorded=True, exit_code=0)
         self._paused = False
         self._server = grpc.aio.server()
@@ -123,6 +129,12 @@ class FakeMachine:
     async def complete(self, plan: MachinePlan) -> None:
         self._paused = False
         plan.note("plug")
+
+    async def capture(self, into: Saved, layers: Path, before: Callable[[], Awaitable[None]]) -> None:
+        await before()
+        for path in self.directory.glob("*.qcow2"):
+            (layers / path.name).write_bytes(path.read_bytes())
+        await self.save(into)
 
     async def save(self, into: Saved) -> None:
         os.pwrite(into.devices_fd, b"fake devices", 0)

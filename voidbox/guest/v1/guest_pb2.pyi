@@ -1904,3 +1904,33 @@ class ShutdownResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___ShutdownResponse = ShutdownResponse
+
+@typing.final
+class FreezeProgramsRequest(google.protobuf.message.Message):
+    """Stops programs or lets them go on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FROZEN_FIELD_NUMBER: builtins.int
+    frozen: builtins.bool
+    """Whether they shall stand still."""
+    def __init__(
+        self,
+        *,
+        frozen: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["frozen", b"frozen"]) -> None: ...
+
+global___FreezeProgramsRequest = FreezeProgramsRequest
+
+@typing.final
+class FreezeProgramsResponse(google.protobuf.message.Message):
+    """They do, or not."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___FreezeProgramsResponse = FreezeProgramsResponse

@@ -140,6 +140,11 @@ class GuestServiceStub(object):
                 request_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.ConnectRequest.SerializeToString,
                 response_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.ConnectResponse.FromString,
                 _registered_method=True)
+        self.FreezePrograms = channel.unary_unary(
+                '/voidbox.guest.v1.GuestService/FreezePrograms',
+                request_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsRequest.SerializeToString,
+                response_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsResponse.FromString,
+                _registered_method=True)
         self.Telemetry = channel.unary_stream(
                 '/voidbox.guest.v1.GuestService/Telemetry',
                 request_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.TelemetryRequest.SerializeToString,
@@ -311,6 +316,14 @@ class GuestServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FreezePrograms(self, request, context):
+        """Stops all programs at one point or lets them go on; returns once they have. Called by the
+        hypervisor around the moment that it saves a box. UNAVAILABLE if one does not stop.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Telemetry(self, request, context):
         """Streams measurements until the caller cancels.
         """
@@ -432,6 +445,11 @@ def add_GuestServiceServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.ConnectRequest.FromString,
                     response_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.ConnectResponse.SerializeToString,
+            ),
+            'FreezePrograms': grpc.unary_unary_rpc_method_handler(
+                    servicer.FreezePrograms,
+                    request_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsRequest.FromString,
+                    response_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsResponse.SerializeToString,
             ),
             'Telemetry': grpc.unary_stream_rpc_method_handler(
                     servicer.Telemetry,
@@ -1012,6 +1030,33 @@ class GuestService(object):
             '/voidbox.guest.v1.GuestService/Connect',
             voidbox_dot_guest_dot_v1_dot_guest__pb2.ConnectRequest.SerializeToString,
             voidbox_dot_guest_dot_v1_dot_guest__pb2.ConnectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FreezePrograms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/voidbox.guest.v1.GuestService/FreezePrograms',
+            voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsRequest.SerializeToString,
+            voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsResponse.FromString,
             options,
             channel_credentials,
             insecure,

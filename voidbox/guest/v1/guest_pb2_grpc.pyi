@@ -163,6 +163,14 @@ class GuestServiceStub:
     ]
     """Tunnels one TCP connection to a port of the guest's loopback. First message: `open`."""
 
+    FreezePrograms: grpc.UnaryUnaryMultiCallable[
+        voidbox.guest.v1.guest_pb2.FreezeProgramsRequest,
+        voidbox.guest.v1.guest_pb2.FreezeProgramsResponse,
+    ]
+    """Stops all programs at one point or lets them go on; returns once they have. Called by the
+    hypervisor around the moment that it saves a box. UNAVAILABLE if one does not stop.
+    """
+
     Telemetry: grpc.UnaryStreamMultiCallable[
         voidbox.guest.v1.guest_pb2.TelemetryRequest,
         voidbox.guest.v1.guest_pb2.TelemetryResponse,
@@ -315,6 +323,14 @@ class GuestServiceAsyncStub:
         voidbox.guest.v1.guest_pb2.ConnectResponse,
     ]
     """Tunnels one TCP connection to a port of the guest's loopback. First message: `open`."""
+
+    FreezePrograms: grpc.aio.UnaryUnaryMultiCallable[
+        voidbox.guest.v1.guest_pb2.FreezeProgramsRequest,
+        voidbox.guest.v1.guest_pb2.FreezeProgramsResponse,
+    ]
+    """Stops all programs at one point or lets them go on; returns once they have. Called by the
+    hypervisor around the moment that it saves a box. UNAVAILABLE if one does not stop.
+    """
 
     Telemetry: grpc.aio.UnaryStreamMultiCallable[
         voidbox.guest.v1.guest_pb2.TelemetryRequest,
@@ -510,6 +526,16 @@ class GuestServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[voidbox.guest.v1.guest_pb2.ConnectResponse], collections.abc.AsyncIterator[voidbox.guest.v1.guest_pb2.ConnectResponse]]:
         """Tunnels one TCP connection to a port of the guest's loopback. First message: `open`."""
+
+    @abc.abstractmethod
+    def FreezePrograms(
+        self,
+        request: voidbox.guest.v1.guest_pb2.FreezeProgramsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[voidbox.guest.v1.guest_pb2.FreezeProgramsResponse, collections.abc.Awaitable[voidbox.guest.v1.guest_pb2.FreezeProgramsResponse]]:
+        """Stops all programs at one point or lets them go on; returns once they have. Called by the
+        hypervisor around the moment that it saves a box. UNAVAILABLE if one does not stop.
+        """
 
     @abc.abstractmethod
     def Telemetry(

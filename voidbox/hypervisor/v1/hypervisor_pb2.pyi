@@ -276,8 +276,11 @@ class BoxConfig(google.protobuf.message.Message):
     HOSTNAME_FIELD_NUMBER: builtins.int
     COLD_BOOT_FIELD_NUMBER: builtins.int
     CONFINEMENT_FIELD_NUMBER: builtins.int
+    HOLDS_SECRETS_FIELD_NUMBER: builtins.int
     kernel_path: builtins.str
-    """Absolute path of the kernel (vmlinux or bzImage) on the hypervisor's host."""
+    """Absolute path of the kernel (vmlinux or bzImage) on the hypervisor's host. With `snapshot`
+    this, the initramfs and the disks may be left out; given, they must be the snapshot's.
+    """
     initramfs_path: builtins.str
     """Absolute path of the initramfs."""
     accelerator: global___Accelerator.ValueType
@@ -288,6 +291,10 @@ class BoxConfig(google.protobuf.message.Message):
     """Host name. Empty means the box id."""
     cold_boot: builtins.bool
     """Whether the box boots by itself instead of being restored from a template."""
+    holds_secrets: builtins.bool
+    """Whether the box is given secrets, so that it is saved or copied only when that is asked for.
+    Environment variables that are named like secrets count as well.
+    """
     @property
     def resources(self) -> voidbox.common.v1.common_pb2.Resources:
         """Memory, processors and disk."""
@@ -347,9 +354,10 @@ class BoxConfig(google.protobuf.message.Message):
         hostname: builtins.str = ...,
         cold_boot: builtins.bool = ...,
         confinement: voidbox.common.v1.common_pb2.Confinement | None = ...,
+        holds_secrets: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["confinement", b"confinement", "egress", b"egress", "idle_timeout", b"idle_timeout", "max_lifetime", b"max_lifetime", "resources", b"resources", "root_disk", b"root_disk"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "cold_boot", b"cold_boot", "confinement", b"confinement", "disks", b"disks", "egress", b"egress", "env", b"env", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "cold_boot", b"cold_boot", "confinement", b"confinement", "disks", b"disks", "egress", b"egress", "env", b"env", "holds_secrets", b"holds_secrets", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
 
 global___BoxConfig = BoxConfig
 
@@ -425,7 +433,7 @@ class Box(google.protobuf.message.Message):
     vmm_pid: builtins.int
     """Process id of QEMU on the host; 0 once it has ended."""
     origin: builtins.str
-    """How it was started: "boot", "template", "snapshot" or "fork"."""
+    """How it was started: "boot", "template", "pool", "snapshot" or "fork"."""
     @property
     def config(self) -> global___BoxConfig:
         """What it was made of."""
@@ -1325,6 +1333,7 @@ class Snapshot(google.protobuf.message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     HAS_SECRETS_FIELD_NUMBER: builtins.int
+    RESOURCES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Its name: 1 to 63 of [a-z0-9-]."""
     box_id: builtins.str
@@ -1341,6 +1350,10 @@ class Snapshot(google.protobuf.message.Message):
     def digest(self) -> voidbox.common.v1.common_pb2.Digest:
         """Digest of its content."""
 
+    @property
+    def resources(self) -> voidbox.common.v1.common_pb2.Resources:
+        """Memory and processors of the boxes that start from it."""
+
     def __init__(
         self,
         *,
@@ -1350,9 +1363,10 @@ class Snapshot(google.protobuf.message.Message):
         size_bytes: builtins.int = ...,
         digest: voidbox.common.v1.common_pb2.Digest | None = ...,
         has_secrets: builtins.bool = ...,
+        resources: voidbox.common.v1.common_pb2.Resources | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "digest", b"digest"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "create_time", b"create_time", "digest", b"digest", "has_secrets", b"has_secrets", "name", b"name", "size_bytes", b"size_bytes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "digest", b"digest", "resources", b"resources"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "create_time", b"create_time", "digest", b"digest", "has_secrets", b"has_secrets", "name", b"name", "resources", b"resources", "size_bytes", b"size_bytes"]) -> None: ...
 
 global___Snapshot = Snapshot
 
@@ -1364,17 +1378,21 @@ class CreateSnapshotRequest(google.protobuf.message.Message):
 
     BOX_ID_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    ALLOW_SECRETS_FIELD_NUMBER: builtins.int
     box_id: builtins.str
     """The running box."""
     name: builtins.str
     """Its name; ALREADY_EXISTS if taken."""
+    allow_secrets: builtins.bool
+    """Whether a box that holds secrets may be saved, with them."""
     def __init__(
         self,
         *,
         box_id: builtins.str = ...,
         name: builtins.str = ...,
+        allow_secrets: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_secrets", b"allow_secrets", "box_id", b"box_id", "name", b"name"]) -> None: ...
 
 global___CreateSnapshotRequest = CreateSnapshotRequest
 
