@@ -426,7 +426,7 @@ def test_a_pull_that_was_killed_goes_on_where_it_stopped(hostile: Hostile, tmp_p
         "import sys\nfrom pathlib import Path\nfrom services.imager.cache import ImageCache\n"
         "from services.imager.pull import ImageStore\nfrom services.imager.registry import RegistrySettings\n"
         "store = ImageStore(ImageCache(Path(sys.argv[1])), RegistrySettings())\n"
-        "store.pull(sys.argv[2], report=lambda p: print(p.subject, p.done, flush=True))"
+        "store.pull(sys.argv[2], report=lambda p: print(f'{p.subject} {p.done}\\n', end='', flush=True))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "cache", f"{hostile.host}/app:t"],
