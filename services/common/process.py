@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 
 from services.common.errors import Internal, TimedOut, WrongState
@@ -33,10 +34,14 @@ async def run(
     seconds: float = 600,
     pass_fds: Sequence[int] = (),
     on_line: Callable[[str], None] | None = None,
+    stdin: bytes = b"",
+    group: bool = False,
 ) -> bytes:
     """Run `argv` to its end and return its stdout.
 
     Args:
+        stdin: What it reads; nothing unless given, and never a terminal.
+        group: Whether what it starts is killed with it when the time is up.
         on_line: Told each line of stdout as it comes; nothing is kept and returned then.
 
     Raises:
@@ -50,10 +55,11 @@ async def run(
             *words,
             cwd=cwd,
             env=clean_env(env),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=pass_fds,
+            start_new_session=group,
         )
     except FileNotFoundError as error:
         raise WrongState(
@@ -61,16 +67,19 @@ async def run(
         ) from error
     try:
         async with asyncio.timeout(seconds):
-            out, err = await (_follow(child, on_line) if on_line else child.communicate())
+            out, err = await (_follow(child, on_line) if on_line else child.communicate(stdin or None))
     except TimeoutError as error:
         raise TimedOut(f"{words[0]} took longer than {seconds:g} s", argv=words) from error
     finally:
         if child.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                child.kill()
+                if group:
+                    os.killpg(child.pid, signal.SIGKILL)
+                else:
+                    child.kill()
             await child.wait()
     if child.returncode != 0:
-        tail = err[-_TAIL:].decode(errors="replace").strip()
+        tail = (err.strip() or out)[-_TAIL:].decode(errors="replace").strip()
         raise CommandFailed(
             f"{' '.join(words)} exited with {child.returncode}: {tail}", exit_code=child.returncode
         )

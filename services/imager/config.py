@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.config import setting
 from services.imager.limits import GIB, Limits
-from services.imager.registry import RegistrySettings
+from services.imager.registry_settings import RegistrySettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,12 @@ class Config:
     docker_config: Path | None = setting(None, "directory of docker's config.json", env=("DOCKER_CONFIG",))
     http_proxy: str = setting("", "proxy for plain HTTP", env=("http_proxy",))
     https_proxy: str = setting("", "proxy for HTTPS", env=("https_proxy", "HTTPS_PROXY"))
+    helper_seconds: float = setting(30.0, "time that a credential helper has")
+    registries_conf: Path | None = setting(
+        None,
+        "file of containers-registries.conf(5) with mirrors, instead of the user's or system's",
+        env=("CONTAINERS_REGISTRIES_CONF",),
+    )
     no_proxy: str = setting("", "hosts reached without a proxy", env=("no_proxy", "NO_PROXY"))
 
     def limits(self) -> Limits:
@@ -51,7 +58,15 @@ class Config:
             proxies={scheme: proxy for scheme, proxy in pairs if proxy},
             no_proxy=self.no_proxy,
             ca_bundle=self.ca_bundle,
+            certs_dirs=(
+                _config_home(env) / "containers/certs.d",
+                Path("/etc/containers/certs.d"),
+                Path("/etc/docker/certs.d"),
+            ),
             auth_files=tuple(self._auth_files(env)),
+            helper_env={key: value for key, value in env.items() if not key.startswith("VOIDBOX_")},
+            helper_seconds=self.helper_seconds,
+            registries_conf=self._registries_conf(env),
         )
 
     def _auth_files(self, env: Mapping[str, str]) -> list[Path]:
@@ -59,10 +74,31 @@ class Config:
         files = [self.auth_file] if self.auth_file else []
         if env.get("XDG_RUNTIME_DIR"):
             files.append(Path(env["XDG_RUNTIME_DIR"]) / "containers/auth.json")
-        home = Path(env.get("HOME") or "/")
-        config_home = Path(env["XDG_CONFIG_HOME"]) if env.get("XDG_CONFIG_HOME") else home / ".config"
+        files.append(Path(f"/run/containers/{os.getuid()}/auth.json"))
         return [
             *files,
-            config_home / "containers/auth.json",
-            (self.docker_config or home / ".docker") / "config.json",
+            _config_home(env) / "containers/auth.json",
+            (self.docker_config or _home(env) / ".docker") / "config.json",
+            _home(env) / ".dockercfg",
         ]
+
+    def _registries_conf(self, env: Mapping[str, str]) -> tuple[Path, ...]:
+        """In the order of containers-registries.conf(5): one file, then what is dropped in."""
+        if self.registries_conf is not None:
+            return (self.registries_conf,)
+        system, own = Path("/etc/containers"), _config_home(env) / "containers"
+        main = next((place for place in (own, system) if (place / "registries.conf").is_file()), system)
+        dropped = {
+            path.name: path
+            for place in (system, own)  # of files with one name the user's counts
+            for path in sorted((place / "registries.conf.d").glob("*.conf"))
+        }
+        return (main / "registries.conf", *(dropped[name] for name in sorted(dropped)))
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    return Path(env.get("HOME") or "/")
+
+
+def _config_home(env: Mapping[str, str]) -> Path:
+    return Path(env["XDG_CONFIG_HOME"]) if env.get("XDG_CONFIG_HOME") else _home(env) / ".config"

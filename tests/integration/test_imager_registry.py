@@ -790,7 +790,7 @@ def test_a_token_server_that_answers_rubbish_is_a_clear_error(
 ) -> None:
     realm = f'Bearer realm="http://{hostile.host}/token",service="s"'
     hostile.answers["/v2/app/manifests/t"] = status(401, WWW_Authenticate=realm)
-    hostile.answers["/token?service=s"] = body(answer)
+    hostile.answers["/token?service=s&scope=repository%3Aapp%3Apull"] = body(answer)
     with pytest.raises((Unauthenticated, Unavailable)):
         store(tmp_path).pull(f"{hostile.host}/app:t")
 
@@ -835,7 +835,7 @@ def test_endless_answers_are_not_read_into_memory(hostile: Hostile, tmp_path: Pa
         store(tmp_path / "manifest").pull(f"{hostile.host}/app:t")
     realm = f'Bearer realm="http://{hostile.host}/token",service="s"'
     hostile.answers["/v2/app/manifests/t"] = status(401, WWW_Authenticate=realm)
-    hostile.answers["/token?service=s"] = endless(200, hostile)
+    hostile.answers["/token?service=s&scope=repository%3Aapp%3Apull"] = endless(200, hostile)
     with pytest.raises(Unavailable, match="should be short"):
         store(tmp_path / "token").pull(f"{hostile.host}/app:t")
 
