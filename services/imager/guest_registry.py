@@ -34,12 +34,12 @@ from services.imager.manifest import (
     parse_manifest,
     select_platform,
 )
+from services.imager.mirrors import open_registry
 from services.imager.progress import Progress, Report, silent
 from services.imager.pull import ImageStore, PullPolicy
 from services.imager.push import open_target, upload_all
 from services.imager.reference import RegistryReference, parse_reference
-from services.imager.registry import RegistrySource
-from services.imager.sources import check_size
+from services.imager.sources import Source, check_size
 
 
 class GuestRegistry:
@@ -155,7 +155,7 @@ class GuestRegistry:
         store, where = self._store, str(parsed)
         with (
             store.cache.lock(COLLECT_LOCK, cancel, shared=True),
-            RegistrySource(
+            open_registry(
                 parsed, insecure=insecure, settings=store.settings, limits=store.limits, cancel=cancel
             ) as source,
         ):
@@ -225,7 +225,7 @@ class GuestRegistry:
             return None
 
 
-def _resolve(source: RegistrySource, wanted: Platform, where: str, limit: int) -> tuple[Manifest, str]:
+def _resolve(source: Source, wanted: Platform, where: str, limit: int) -> tuple[Manifest, str]:
     """The manifest of the guest image for `wanted`, and its digest."""
     data, media_type = source.root()
     parsed = parse_manifest(data, where, media_type=media_type)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Final, Self, TypeVar
 
 from services.common.errors import Corrupt, Denied, InvalidInput, NotFound, Unauthenticated, Unavailable
+from services.imager.limits import Cancel, Limits
 from services.imager.manifest import Descriptor
+from services.imager.reference import RegistryReference
+from services.imager.registries_conf import endpoints
 from services.imager.registry import RegistrySource
-from services.imager.sources import BlobSink
+from services.imager.registry_settings import RegistrySettings
+from services.imager.sources import BlobSink, Source
 
 log = logging.getLogger(__name__)
 
 # What one registry may have wrong and another right; not a full disk, not the caller's wish to stop.
 _ELSEWHERE: Final = (Corrupt, Denied, InvalidInput, NotFound, Unauthenticated, Unavailable)
+_MIRROR_ATTEMPTS: Final = 2  # of each request to a mirror; then the next is asked
 Result = TypeVar("Result")
 
 
@@ -67,3 +74,32 @@ class MirroredSource:
             except _ELSEWHERE as error:
                 log.warning("a mirror failed, asking the next: %s", error.message)
         return call(last)
+
+
+def open_registry(
+    reference: RegistryReference,
+    *,
+    insecure: bool,
+    settings: RegistrySettings,
+    limits: Limits,
+    cancel: Cancel,
+) -> AbstractContextManager[Source]:
+    """The source of an image in a registry, by its mirrors if it has any; arguments as `RegistrySource`.
+
+    Raises:
+        Denied: the registry is blocked.
+        InvalidInput: a file that lists mirrors is malformed.
+    """
+    places = endpoints(settings.registries_conf, reference, insecure)
+    quick = dataclasses.replace(settings, attempts=min(settings.attempts, _MIRROR_ATTEMPTS))
+    sources = [
+        RegistrySource(
+            place.reference,
+            insecure=place.insecure,
+            settings=settings if place is places[-1] else quick,
+            limits=limits,
+            cancel=cancel,
+        )
+        for place in places
+    ]
+    return sources[0] if len(sources) == 1 else MirroredSource(sources)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
-from typing import Final
 
 from services.common.errors import Cancelled, Corrupt, InvalidInput, NotFound
 from services.imager.cache import COLLECT_LOCK, ImageCache
@@ -20,7 +18,7 @@ from services.imager.images import CachedImage, Catalog
 from services.imager.layout import LayoutSource
 from services.imager.limits import Cancel, Limits
 from services.imager.manifest import Descriptor, Platform, host_default
-from services.imager.mirrors import MirroredSource
+from services.imager.mirrors import open_registry
 from services.imager.partial import PartialBlob, blob_lock, downloaded, drop_partial
 from services.imager.progress import Progress, Report, silent
 from services.imager.reference import (
@@ -31,11 +29,8 @@ from services.imager.reference import (
     RegistryReference,
     parse_reference,
 )
-from services.imager.registries_conf import endpoints
-from services.imager.registry import RegistrySettings, RegistrySource
+from services.imager.registry_settings import RegistrySettings
 from services.imager.sources import Source, resolve
-
-_MIRROR_ATTEMPTS: Final = 2  # of each request to a mirror; then the next is asked
 
 
 class PullPolicy(Enum):
@@ -150,19 +145,7 @@ class ImageStore:
             if isinstance(parsed, DockerArchiveReference):
                 return DockerArchiveSource(parsed, files, limits, cancel)
             return LayoutSource(parsed, files, limits, cancel)
-        places = endpoints(self._settings.registries_conf, parsed, insecure)
-        quick = dataclasses.replace(self._settings, attempts=min(self._settings.attempts, _MIRROR_ATTEMPTS))
-        sources = [
-            RegistrySource(
-                place.reference,
-                insecure=place.insecure,
-                settings=self._settings if place is places[-1] else quick,
-                limits=limits,
-                cancel=cancel,
-            )
-            for place in places
-        ]
-        return sources[0] if len(sources) == 1 else MirroredSource(sources)
+        return open_registry(parsed, insecure=insecure, settings=self.settings, limits=limits, cancel=cancel)
 
     def fetch(
         self, source: Source, layers: Sequence[Descriptor], where: str, cancel: Cancel, report: Report

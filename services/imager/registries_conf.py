@@ -102,8 +102,13 @@ def _moved(rule: _Rule, reference: RegistryReference, name: str, location: str) 
     suffix = (f":{reference.tag}" if reference.tag else "") + (
         f"@{reference.digest}" if reference.digest else ""
     )
+    moved_name = rule.moved(name, location)
+    host, slash, _ = moved_name.partition("/")
+    if not slash or not (host == "localhost" or "." in host or ":" in host):
+        # Such a name would be taken for one on Docker Hub.
+        raise _bad(rule.place, f"location {location!r} makes {moved_name!r} of {name}, which names no host")
     try:
-        moved = parse_reference(f"docker://{rule.moved(name, location)}{suffix}")
+        moved = parse_reference(f"docker://{moved_name}{suffix}")
     except VoidboxError as error:
         raise _bad(rule.place, f"location {location!r}: {error.message}") from error
     assert isinstance(moved, RegistryReference)

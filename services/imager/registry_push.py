@@ -22,7 +22,8 @@ from services.common.errors import (
 )
 from services.imager.limits import Cancel
 from services.imager.manifest import Descriptor
-from services.imager.registry import _TRANSIENT_STATUSES, RegistrySource, _retry_after, _Transient
+from services.imager.registry import RegistrySource
+from services.imager.retry import TRANSIENT_STATUSES, Transient, retry_after
 
 _CHUNK: Final = 256 << 10
 _MAX_ERROR: Final = 300
@@ -165,8 +166,8 @@ class RegistryTarget(RegistrySource):
         if status in (200, 201, 202, 204):
             return
         reference, host = self._reference, self._reference.registry
-        if status in _TRANSIENT_STATUSES:
-            raise _Transient(f"it answers {status} for {what}", _retry_after(response))
+        if status in TRANSIENT_STATUSES:
+            raise Transient(f"it answers {status} for {what}", retry_after(response))
         if status == 401:  # its body is gone: it was asked again with a login, or there is none
             raise Unauthenticated(
                 f"{reference}: {host} wants a login to push; log in with: docker login {host}",

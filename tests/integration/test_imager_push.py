@@ -38,7 +38,7 @@ from services.imager.pull import ImageStore, PullPolicy
 from services.imager.push import open_target, push_image, upload_all
 from services.imager.registry import RegistrySettings
 from tests.imager_images import Item, make_layout, make_tar, need, run, sha256
-from tests.integration.test_imager_registry import HTPASSWD, docker_registry
+from tests.registries import HTPASSWD, docker_registry
 
 TARS = [make_tar([Item(name=b"a", data=os.urandom(300_000))]), make_tar([Item(name=b"empty")])]
 FAST = RegistrySettings(connect_seconds=2, read_seconds=5, attempts=2, backoff_seconds=0.01)
