@@ -60,6 +60,8 @@ class Mounts:
                 flags = _SAFE | (0 if mode == READ_WRITE else syscalls.MS_RDONLY)
                 self._attach(source, kind, f"/proc/self/fd/{target}", flags, path)
                 self._mounted[path] = []
+                if kind == DISK and mode == READ_WRITE:
+                    _give_if_empty(root, path, owner)
         finally:
             os.close(target)
 
@@ -132,6 +134,16 @@ class Mounts:
                 raise invalid(f"mount type {kind}", path=path)
         except OSError as error:
             raise _explain(error, source, path) from error
+
+
+def _give_if_empty(root: Root, path: str, owner: tuple[int, int]) -> None:
+    """A file system with nothing in it, such as a new volume's, is for the box's user."""
+    fd = root.open(path, os.O_RDONLY | os.O_DIRECTORY)  # what is mounted there now
+    try:
+        if os.listdir(fd) == ["lost+found"]:
+            os.fchown(fd, *owner)
+    finally:
+        os.close(fd)
 
 
 def _explain(error: OSError, source: str, path: str) -> AgentError:

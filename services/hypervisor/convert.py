@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from services.common.errors import InvalidInput
+from services.hypervisor import volumes
 from services.hypervisor.inputs import DIGEST
 from services.hypervisor.model import (
     Accelerator,
@@ -28,6 +29,7 @@ from services.hypervisor.probe import ProbeResult
 from services.hypervisor.snapshots import Snapshot, check_name
 from services.hypervisor.states import BoxState
 from services.hypervisor.templates import Template
+from services.hypervisor.volumes import Volume
 from voidbox.common.v1 import common_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2
 
@@ -198,7 +200,7 @@ def confinement(value: Confinement) -> common_pb2.Confinement:
 
 def _read_disk(message: hypervisor_pb2.Disk) -> Disk:
     if message.volume:
-        raise unsupported("volumes")
+        return _read_volume(message)
     if message.base_digest.value and not DIGEST.fullmatch(message.base_digest.value):
         raise InvalidInput(f"disk {message.base_path}: {message.base_digest.value!r} is not a sha256 digest")
     return Disk(
@@ -209,6 +211,16 @@ def _read_disk(message: hypervisor_pb2.Disk) -> Disk:
         writable=message.writable,
         guest_path=message.guest_path,
     )
+
+
+def _read_volume(message: hypervisor_pb2.Disk) -> Disk:
+    volumes.check_name(message.volume)
+    if message.base_path or not message.writable or not message.guest_path:
+        raise InvalidInput(
+            f"volume {message.volume}: it needs a guest_path, must be writable and has no base_path",
+            reason="BAD_DISK",
+        )
+    return Disk(volume=message.volume, writable=True, guest_path=message.guest_path)
 
 
 def _read_mount(message: common_pb2.Mount) -> Mount:
@@ -280,6 +292,7 @@ def _disk(disk: Disk) -> hypervisor_pb2.Disk:
         format=disk.format,
         writable=disk.writable,
         guest_path=disk.guest_path,
+        volume=disk.volume,
     )
 
 
@@ -369,3 +382,10 @@ def page(records: Sequence[_Listed], size: int, token: str) -> tuple[Sequence[_L
         return found, ""
     last = f"{found[-1].create_time!r} {found[-1].id}"
     return found, base64.urlsafe_b64encode(last.encode()).decode()
+
+
+def volume(one: Volume, box_id: str) -> hypervisor_pb2.Volume:
+    """A volume and the box that uses it, or an empty id."""
+    return hypervisor_pb2.Volume(
+        name=one.name, size_mib=one.size_mib, used_bytes=one.used_bytes, box_id=box_id
+    )

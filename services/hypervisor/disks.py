@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from services.common import process
-from services.common.errors import Exhausted
 from services.hypervisor.model import Disk
 from services.hypervisor.programs import Programs
 from services.hypervisor.record import full_disk
@@ -27,37 +28,48 @@ def overlay_bytes(base_bytes: int, disk_mib: int) -> int:
 
 
 async def make_overlay(programs: Programs, disk: Disk, base_fd: int, disk_mib: int, path: Path) -> int:
-    """Make the layer at `path` and return a descriptor of it for reading and writing.
+    """Make a box's private layer above a base image at `path`; a descriptor of it for reading and writing.
+
+    Raises:
+        Exhausted: the host's disk is full; nothing is left at `path`.
+    """
+    base = os.fstat(base_fd).st_size if disk.format == "raw" else _qcow2_bytes(base_fd)
+    return await make_layer(programs, overlay_bytes(base, disk_mib), path)
+
+
+async def make_layer(programs: Programs, length: int, path: Path) -> int:
+    """Make an empty layer of `length` bytes at `path`; a descriptor of it for reading and writing.
 
     The image names no backing file: the machine's command line does, by descriptor.
 
     Raises:
         Exhausted: the host's disk is full; nothing is left at `path`.
     """
-    base = os.fstat(base_fd).st_size if disk.format == "raw" else _qcow2_bytes(base_fd)
-    argv: list[str | os.PathLike[str]] = [
-        programs.image,
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-o",
-        "lazy_refcounts=on",
-        path,
-    ]
+    argv: list[str | os.PathLike[str]] = [programs.image, "create", "-q", "-f", "qcow2"]
+    argv += ["-o", "lazy_refcounts=on", path, str(length)]
     try:
-        await process.run([*argv, str(overlay_bytes(base, disk_mib))], seconds=_CREATE_SECONDS)
-    except process.CommandFailed as error:
+        with filling(path.parent):
+            await process.run(argv, seconds=_CREATE_SECONDS)
+    except BaseException:
         path.unlink(missing_ok=True)
-        if any(text in error.message for text in _NO_SPACE):
-            raise Exhausted(
-                f"the disk of {path.parent} is full; free space or set VOIDBOX_STATE_DIR",
-                reason="DISK_FULL",
-                path=path.parent,
-            ) from error
         raise
     path.chmod(0o600)
     return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+@contextlib.contextmanager
+def filling(directory: Path) -> Iterator[None]:
+    """Say so if a program fails because the disk of `directory` is full.
+
+    Raises:
+        Exhausted: it is.
+    """
+    try:
+        yield
+    except process.CommandFailed as error:
+        if any(text in error.message for text in _NO_SPACE):
+            raise full_disk(OSError(errno.ENOSPC, error.message), directory) from error
+        raise
 
 
 def _qcow2_bytes(fd: int) -> int:

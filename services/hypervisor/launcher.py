@@ -29,6 +29,7 @@ from services.hypervisor.programs import Programs
 from services.hypervisor.saved import Saved
 from services.hypervisor.snapshots import Snapshot, Snapshots, holds_secrets
 from services.hypervisor.templates import Key, Template, Templates, host_facts, make_key
+from services.hypervisor.volumes import Volumes
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Launcher:
         self.machines: dict[str, Box] = {}
         self.templates = Templates(layout)
         self.snapshots = Snapshots(layout, snapshots_mib << 20)
+        self.volumes = Volumes(layout.volumes)
         self.pool = Pool(bounds, make=self._make_pooled, end=self._end, quiet=quiet)
 
     async def close(self) -> None:
@@ -181,6 +183,7 @@ class Launcher:
                 transport=launch.transport,
                 cid=cid,
                 fallback=self._identities.of(cid),
+                volumes=self.volumes,
                 stack=stack,
                 boots=machine is None and pooled is None,
                 layered=layered,
@@ -285,6 +288,7 @@ class Launcher:
                     transport=launch.transport,
                     cid=box.record.cid,
                     fallback=self._identities.of(box.record.cid),
+                    volumes=self.volumes,
                     stack=stack,
                     boots=False,
                     saved=template,
@@ -312,6 +316,13 @@ class Launcher:
                 f"box {box.id} holds secrets, and each copy would have them too; allow that "
                 "with --allow-secrets",
                 reason="HOLDS_SECRETS",
+                box=box.id,
+            )
+        if held := [disk.volume for disk in config.disks if disk.volume]:
+            raise WrongState(
+                f"box {box.id} has volume {held[0]}, which only one box can have; a box with volumes cannot be "
+                "saved or copied",
+                reason="HAS_VOLUMES",
                 box=box.id,
             )
         found = await self._prober.programs()

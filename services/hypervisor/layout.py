@@ -6,6 +6,7 @@
     state.json  secret  exit.json  device.json  vsock.stats  console.log  vmm.log  *.qcow2
     guest.sock  qmp.sock
 <state>/hypervisor/machines/<name>/   the same for machines that are no boxes: they end with the service
+<state>/hypervisor/volumes/<name>/    a volume (services.hypervisor.volumes)
 <state>/hypervisor/templates/<id>/    a saved machine (services.hypervisor.saved)
 <state>/hypervisor/snapshots/<name>/  the same, with its disks
 """
@@ -66,6 +67,11 @@ class Layout:
         """The directory that holds the snapshots' directories."""
         return self.root / "snapshots"
 
+    @property
+    def volumes(self) -> Path:
+        """The directory that holds the volumes."""
+        return self.root / "volumes"
+
     def template(self, template_id: str) -> Path:
         """A template's directory."""
         return self.templates / template_id
@@ -83,6 +89,7 @@ class Layout:
         private_dir(self.machines)
         private_dir(self.templates)
         private_dir(self.snapshots)
+        private_dir(self.volumes)
 
     def box(self, box_id: str) -> Path:
         """A box's directory; `box_id` has been checked."""

@@ -66,14 +66,15 @@ class Resources:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
-    """A disk on a read-only base image, with a private layer above it if it is writable."""
+    """A disk on a read-only base image, with a private layer above it if it is writable; or a volume."""
 
-    base_path: str
+    base_path: str = ""
     base_digest: str = ""
     base_size: int = 0
     format: str = "raw"
     writable: bool = False
     guest_path: str = ""
+    volume: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

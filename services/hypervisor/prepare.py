@@ -19,6 +19,7 @@ from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, BoxConfig, Disk, MountMode, Transport
 from services.hypervisor.programs import Programs
 from services.hypervisor.saved import Saved
+from services.hypervisor.volumes import Volumes
 
 # CIDs below 3 are reserved (vsock(7)); a random one collides with nobody else's on the host.
 _FIRST_CID, _LAST_CID = 1 << 16, (1 << 31) - 1
@@ -97,6 +98,9 @@ def check_config(config: BoxConfig) -> None:
                 "and without '..'",
                 reason="BAD_DISK",
             )
+    names = [disk.volume for disk in config.disks if disk.volume]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InvalidInput(f"volume {', '.join(sorted(twice))} is there twice", reason="BAD_DISK")
     paths = [item.path.rstrip("/") for item in attachments(config)]
     if twice := {path for path in paths if paths.count(path) > 1}:
         raise InvalidInput(f"two mounts at {', '.join(sorted(twice))}", reason="BAD_MOUNT")
@@ -117,6 +121,7 @@ async def prepare(
     transport: Transport,
     cid: int,
     fallback: Identity,
+    volumes: Volumes,
     stack: contextlib.ExitStack,
     boots: bool = True,
     layered: bool = False,
@@ -128,6 +133,7 @@ async def prepare(
     Args:
         stack: Closes the descriptors.
         fallback: Who the machine runs as if no mount decides.
+        volumes: Where `config`'s volumes are.
         boots: Whether it boots, and so needs a kernel.
         layered: Whether the private layers of its disks are in `directory` already, and the saved
             machine has its disks.
@@ -139,6 +145,7 @@ async def prepare(
 
     Raises:
         InvalidInput: a kernel, disk or mount that is missing or wrong.
+        NotFound, WrongState: a volume that is missing or in use.
         Exhausted: the disk is full.
     """
 
@@ -153,6 +160,10 @@ async def prepare(
         kernel, initramfs = await _boot_files(config, identity, stack)
     disk_fds: list[tuple[int, int | None]] = []
     for number, disk in enumerate(all_disks(config)):
+        if disk.volume:
+            base, changes = volumes.open(disk.volume)
+            disk_fds.append((own(base), own(changes)))
+            continue
         base = own(inputs.open_disk_base(disk))
         layer = None
         if disk.writable:

@@ -23,7 +23,7 @@ from services.common.errors import (
     NotFound,
     VoidboxError,
 )
-from services.hypervisor import admission, prepare, record
+from services.hypervisor import admission, prepare, record, volumes
 from services.hypervisor.admission import Host
 from services.hypervisor.box import DEFAULT_STOP_GRACE, Box, Phases
 from services.hypervisor.identities import Identities
@@ -35,6 +35,7 @@ from services.hypervisor.pool import Bounds
 from services.hypervisor.probe import Prober
 from services.hypervisor.qemu import QemuDriver
 from services.hypervisor.states import BoxState
+from services.hypervisor.volumes import Volume
 from services.hypervisor.watch import Watchers
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Registry:
         await asyncio.to_thread(_end_machines, self._layout)
         await asyncio.to_thread(self.launcher.templates.clean)
         await asyncio.to_thread(self.launcher.snapshots.clean)
+        await asyncio.to_thread(self.launcher.volumes.clean)
         found = [await asyncio.to_thread(self._read, box_id) for box_id in self._layout.box_ids()]
         records = sorted((each for each in found if each is not None), key=lambda each: each.create_time)
         for each in records:
@@ -177,6 +179,20 @@ class Registry:
         host = Host.measure()
         return host, admission.room(host, self._living(), self._overcommit)
 
+    async def create_volume(self, name: str, size_mib: int) -> Volume:
+        """Make a volume, or find the same one; see `Volumes.create`."""
+        return await self.launcher.volumes.create(await self._prober.programs(), name, size_mib)
+
+    def volume_users(self) -> dict[str, str]:
+        """The boxes that use volumes, by the volume's name."""
+        return {
+            disk.volume: box.id
+            for box in self._boxes.values()
+            if box.record.state.alive
+            for disk in box.record.config.disks
+            if disk.volume
+        }
+
     # Changing
 
     async def create(self, box_id: str, config: BoxConfig, start_seconds: float) -> BoxRecord:
@@ -215,6 +231,10 @@ class Registry:
     ) -> _Creation:
         """Reserve the id and the memory; no other call comes between check and reservation."""
         self._check_room(config)
+        users = self.volume_users()
+        for disk in config.disks:
+            if disk.volume in users:
+                raise volumes.in_use(disk.volume, users[disk.volume])
         admission.check_disk(self._layout.boxes)
         fresh = BoxRecord(
             id=box_id,
@@ -365,7 +385,9 @@ class Registry:
         box = self._boxes.get(check_box_id(box_id))
         if box is None or await self._abandon(box):
             return
-        await box.stop(0.0 if force else DEFAULT_STOP_GRACE, STOPPED_BY_CALLER)
+        # What a volume's next box will read must be on it; everything else is thrown away.
+        keeps = any(disk.volume for disk in box.record.config.disks)
+        await box.stop(DEFAULT_STOP_GRACE if keeps or not force else 0.0, STOPPED_BY_CALLER)
         if self._boxes.get(box_id) is not box:  # another caller was faster
             return
         await box.let_go()

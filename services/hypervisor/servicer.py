@@ -14,6 +14,7 @@ from services.hypervisor.prepare import unsupported
 from services.hypervisor.probe import Prober
 from services.hypervisor.registry import DEFAULT_START_SECONDS, Registry
 from services.hypervisor.tunnel import tunnel
+from services.hypervisor.volumes import Volume
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 from voidbox.hypervisor.v1 import hypervisor_pb2_grpc
 
@@ -199,18 +200,25 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
     async def CreateVolume(
         self, request: pb.CreateVolumeRequest, context: Context
     ) -> pb.CreateVolumeResponse:
-        """Not built in this version."""
-        raise unsupported("volume")
+        """Makes a named volume, if it is not there."""
+        made = await self._registry.create_volume(request.name, request.size_mib)
+        return pb.CreateVolumeResponse(volume=self._volume(made))
 
     async def ListVolumes(self, request: pb.ListVolumesRequest, context: Context) -> pb.ListVolumesResponse:
-        """Not built in this version."""
-        raise unsupported("volume")
+        """Lists volumes by name."""
+        volumes = await asyncio.to_thread(self._registry.launcher.volumes.all)
+        found, token = convert.page(volumes, request.page_size, request.page_token)
+        return pb.ListVolumesResponse(volumes=map(self._volume, found), next_page_token=token)
 
     async def DeleteVolume(
         self, request: pb.DeleteVolumeRequest, context: Context
     ) -> pb.DeleteVolumeResponse:
-        """Not built in this version."""
-        raise unsupported("volume")
+        """Removes a volume that no box uses."""
+        await asyncio.to_thread(self._registry.launcher.volumes.delete, request.name)
+        return pb.DeleteVolumeResponse()
+
+    def _volume(self, volume: Volume) -> pb.Volume:
+        return convert.volume(volume, self._registry.volume_users().get(volume.name, ""))
 
 
 async def _upward(requests: AsyncIterator[pb.ForwardPortRequest]) -> AsyncIterator[bytes]:

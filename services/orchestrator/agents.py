@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from services.common.errors import NotBuilt
 from services.orchestrator.plan import AgentWork
 from voidbox.spec.checks import skill_name
-from voidbox.spec.models import InlineSkill, Mount, Provider, SkillRef, SkillType
+from voidbox.spec.models import InlineSkill, Mount, Provider, SkillRef, SkillType, Volume
 
 WORKSPACE: Final = "/workspace"
 HOME: Final = "/home/sandbox"
@@ -41,7 +41,7 @@ def command(work: AgentWork, prompt: str) -> Command:
     return Command(program=MOCK_AGENT, args=args, env={"HOME": HOME})
 
 
-def own_directory(mounts: tuple[Mount, ...]) -> str:
+def own_directory(mounts: Iterable[Mount | Volume]) -> str:
     """Where files of ours go: not into a directory that is the user's own."""
     ours = not any(covers(mount.guest, WORKSPACE) for mount in mounts)
     return WORKSPACE if ours else HOME

@@ -248,7 +248,7 @@ class Attempt:
         context, planned = self._context, self._planned
         guest = context.peers.guest(self._box_id)
         carried = await context.carried(planned, self._errors)
-        directory = agents.own_directory(planned.machine.mounts)
+        directory = agents.own_directory((*planned.machine.mounts, *planned.machine.volumes))
         if not resume:
             async with self._phase("inputs"):
                 if self._shared is None:

@@ -28,6 +28,7 @@ from voidbox.common.v1 import common_pb2
 from voidbox.guest.v1 import guest_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2
 from voidbox.imager.v1 import imager_pb2
+from voidbox.spec.models import Volume
 
 _T = TypeVar("_T")
 
@@ -50,6 +51,8 @@ _TRANSFER_SECONDS: Final = 900.0
 
 # Between two attempts to watch a box.
 _WATCH_SECONDS: Final = 0.2
+# Formatting a volume writes the file system's tables only.
+_VOLUME_SECONDS: Final = 150.0
 
 _ENDED = frozenset({hypervisor_pb2.BOX_STATE_STOPPED, hypervisor_pb2.BOX_STATE_FAILED})
 
@@ -236,6 +239,9 @@ class Peers:
             labels=labels,
             confinement=_confinement(machine),
         )
+        for volume in machine.volumes:
+            await self._make_volume(volume)
+            config.disks.add(volume=volume.name, guest_path=volume.guest, writable=True)
         if disk is not None:
             config.root_disk.base_path = disk.path
             config.root_disk.base_digest.value = disk.digest
@@ -250,6 +256,15 @@ class Peers:
             return _box(response.box)
 
         return await patiently("hypervisor", call, self.patience)
+
+    async def _make_volume(self, volume: Volume) -> None:
+        """Make a volume, if it is not there."""
+        request = hypervisor_pb2.CreateVolumeRequest(name=volume.name, size_mib=volume.size_mb or 0)
+
+        async def call() -> None:
+            await _unary(self._hypervisor.CreateVolume(request, timeout=_VOLUME_SECONDS))
+
+        await patiently("hypervisor", call, self.patience)
 
     async def find_box(self, box_id: str) -> BoxInfo | None:
         """The box, or None if the hypervisor knows none of that id."""

@@ -32,6 +32,7 @@ from voidbox.spec.models import (
     Spec,
     Step,
     StepMode,
+    Volume,
     Workflow,
 )
 
@@ -54,6 +55,7 @@ class Machine:
     mounts: tuple[Mount, ...] = ()
     limits: Limits = field(default_factory=Limits)
     allowed_commands: tuple[str, ...] = ()
+    volumes: tuple[Volume, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +205,7 @@ def _machine(sandbox: Sandbox, box: BoxSandbox, extra: tuple[Mount, ...]) -> Mac
         mounts=(*sandbox.mounts, *box.mounts, *extra),
         limits=sandbox.limits,
         allowed_commands=sandbox.allowed_commands,
+        volumes=(*sandbox.volumes, *box.volumes),
     )
 
 

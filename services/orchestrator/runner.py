@@ -325,7 +325,7 @@ class Runner:
             carried = await context.carried(dataclasses.replace(first, carry_from=()), {})
             if carried:
                 digest = await asyncio.to_thread(lambda: context.blobs.put(input_json(carried)))
-                directory = agents.own_directory(first.machine.mounts)
+                directory = agents.own_directory((*first.machine.mounts, *first.machine.volumes))
                 await guest.write_file(f"{directory}/input.json", context.blobs.find(digest.value))
         return box
 

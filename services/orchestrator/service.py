@@ -175,7 +175,8 @@ class Orchestrator:
         spec = resolve_env(parse_spec(request.spec, request.filename, base), request.env)
         check_supported(spec)
         for planned in make_plan(spec, request.mounts).stages:
-            guests = [mount.guest for mount in planned.machine.mounts]
+            machine = planned.machine
+            guests = [mount.guest for mount in machine.mounts] + [one.guest for one in machine.volumes]
             twice = sorted({guest for guest in guests if guests.count(guest) > 1})
             if twice:
                 message = f"stage {planned.name!r}: {', '.join(twice)} is mounted twice, by spec and request"

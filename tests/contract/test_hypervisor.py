@@ -33,7 +33,7 @@ from voidbox.common.v1 import common_pb2
 from voidbox.guest.v1 import guest_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 
-NOT_BUILT = {"UpdateBox", "CreateVolume", "ListVolumes", "DeleteVolume"}
+NOT_BUILT = {"UpdateBox"}
 
 
 class Harness(Client):
@@ -349,6 +349,55 @@ async def delete_snapshot(service: Harness) -> None:
     assert isinstance(await refused(gone), NotFound)
 
 
+async def create_volume(service: Harness) -> None:
+    made = (await service.hypervisor.CreateVolume(pb.CreateVolumeRequest(name="v", size_mib=64))).volume
+    assert (made.name, made.size_mib, made.box_id) == ("v", 64, "")
+    assert 0 < made.used_bytes < 4 << 20
+    for size in (64, 0):
+        same = (await service.hypervisor.CreateVolume(pb.CreateVolumeRequest(name="v", size_mib=size))).volume
+        assert same == made
+    other = service.hypervisor.CreateVolume(pb.CreateVolumeRequest(name="v", size_mib=65))
+    assert isinstance(await refused(other), AlreadyExists)
+    for name, size in (("", 64), ("A", 64), ("../v", 64), ("-v", 64), ("w", 63), ("w", -1), ("w", 1 << 25)):
+        bad = service.hypervisor.CreateVolume(pb.CreateVolumeRequest(name=name, size_mib=size))
+        assert isinstance(await refused(bad), InvalidInput)
+    assert len(await volumes(service)) == 1
+
+
+async def volumes(service: Harness) -> list[pb.Volume]:
+    return list((await service.hypervisor.ListVolumes(pb.ListVolumesRequest())).volumes)
+
+
+async def list_volumes(service: Harness) -> None:
+    assert await volumes(service) == []
+    requests = [pb.CreateVolumeRequest(name=f"v{number}", size_mib=64) for number in range(3)]
+    for request in requests:
+        await service.hypervisor.CreateVolume(request)
+    page = await service.hypervisor.ListVolumes(pb.ListVolumesRequest(page_size=2))
+    rest = await service.hypervisor.ListVolumes(pb.ListVolumesRequest(page_token=page.next_page_token))
+    assert {one.name for one in (*page.volumes, *rest.volumes)} == {"v0", "v1", "v2"}
+    assert not rest.next_page_token
+
+
+async def delete_volume(service: Harness) -> None:
+    await service.hypervisor.CreateVolume(pb.CreateVolumeRequest(name="v", size_mib=64))
+    disk = pb.Disk(volume="v", guest_path="/data", writable=True)
+    await service.create("b", disks=[disk])
+    assert [one.box_id for one in await volumes(service)] == ["b"]
+    assert (await refused(service.create("c", disks=[disk]))).reason == "VOLUME_IN_USE"
+    copy = service.hypervisor.ForkBox(pb.ForkBoxRequest(box_id="b", fork_ids=["f"]), timeout=20)
+    assert (await refused(copy)).reason == "HAS_VOLUMES"
+    twice = [disk, pb.Disk(volume="v", guest_path="/other", writable=True)]
+    assert (await refused(service.create("d", disks=twice))).reason == "BAD_DISK"
+    await service.delete("b")
+    await service.hypervisor.DeleteVolume(pb.DeleteVolumeRequest(name="v"))
+    assert await volumes(service) == []
+    for name, kind in (("v", NotFound), ("../x", InvalidInput), ("", InvalidInput)):
+        assert isinstance(
+            await refused(service.hypervisor.DeleteVolume(pb.DeleteVolumeRequest(name=name))), kind
+        )
+
+
 CASES: dict[str, Callable[[Harness], Awaitable[None]]] = {
     "GetCapabilities": capabilities,
     "CreateBox": create,
@@ -370,6 +419,9 @@ CASES: dict[str, Callable[[Harness], Awaitable[None]]] = {
     "BuildTemplate": build_template,
     "ListTemplates": list_templates,
     "DeleteTemplate": delete_template,
+    "CreateVolume": create_volume,
+    "ListVolumes": list_volumes,
+    "DeleteVolume": delete_volume,
 }
 METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["HypervisorService"].methods]
 
@@ -394,6 +446,11 @@ async def test_every_call_does_what_it_says_or_says_that_it_is_not_built(
         ({"snapshot": "s"}, NotFound, "no snapshot 's'"),
         ({"snapshot": "../s"}, InvalidInput, "snapshot name"),
         ({"root_disk": {"volume": "v"}}, NotBuilt, "volumes"),
+        ({"snapshot": "s"}, NotBuilt, "snapshot"),
+        ({"root_disk": {"volume": "v"}}, InvalidInput, "guest_path"),
+        ({"disks": [{"volume": "v", "guest_path": "/d"}]}, InvalidInput, "writable"),
+        ({"disks": [{"volume": "../v", "guest_path": "/d", "writable": True}]}, InvalidInput, "../v"),
+        ({"disks": [{"volume": "v", "guest_path": "/d", "writable": True}]}, NotFound, "volume create v"),
         ({"accelerator": pb.ACCELERATOR_HVF}, InvalidInput, "ACCELERATOR_HVF"),
         ({"hostname": "a.b"}, InvalidInput, "DNS label"),
         ({"env": {"A=B": "c"}}, InvalidInput, "A=B"),

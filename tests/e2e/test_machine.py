@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 
-from tests.e2e.voidbox_cli import Voidbox, finish
+from tests.e2e.voidbox_cli import MEMORY, Voidbox, finish
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -66,3 +66,15 @@ def test_a_port_of_the_box_is_reached_for_as_long_as_the_command_runs(voidbox: V
         socket.create_connection(("127.0.0.1", open_port), timeout=5)
     server.send_signal(signal.SIGINT)
     finish(server)
+
+
+def test_a_volume_keeps_what_a_box_has_written(voidbox: Voidbox) -> None:
+    words = (*MEMORY, "--volume", "notes:/notes", "--", "sh", "-c")
+    voidbox("exec", *words, "echo kept > /notes/file")
+    assert voidbox("exec", *words, "cat /notes/file").text == "kept\n"
+    (volume,) = voidbox("--output", "json", "volume", "ls").json
+    assert (volume["name"], volume["size_mb"], volume["box_id"]) == ("notes", 10240, "")
+    assert voidbox.error("volume", "create", "notes", "--size-mb", "64", code=3)["reason"] == "VOLUME_EXISTS"
+    assert voidbox("volume", "rm", "notes").text == "notes\n"
+    assert voidbox.error("volume", "rm", "notes", code=3)["reason"] == "VOLUME_NOT_FOUND"
+    assert voidbox.error("exec", "--volume", "notes", "--", "true", code=125)["reason"] == "BAD_VOLUME"

@@ -58,6 +58,7 @@ def _check(context: Context, argv: list[str]) -> None:
     args = context.args
     program.environment(args.env, os.environ)
     program.mounts(args.mount, Path.cwd())
+    program.volumes(args.volume)
     if not argv and not args.image:
         program.start(args, argv, os.environ, None, None)
     if args.tty and not os.isatty(0):
@@ -71,6 +72,7 @@ def _check(context: Context, argv: list[str]) -> None:
             "--vcpus": args.vcpus,
             "--disk-mb": args.disk_mb,
             "--mount": args.mount,
+            "--volume": args.volume,
         }
         for option, value in fresh.items():
             if value:

@@ -28,6 +28,7 @@ _MODULES = {
     "resume": "machine",
     "port-forward": "forward",
     "image": "image",
+    "volume": "volume",
     "doctor": "doctor",
     "up": "stack",
     "down": "stack",

@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         sys.exit(ExitCode.USAGE)
     if extra:
         current = commands[args.command]
-        nested = getattr(args, "image_command", None)
+        nested = getattr(args, f"{args.command}_command", None)
         if nested:
             current = _subparsers(current)[nested]
         known = [option for action in current._actions for option in action.option_strings]
@@ -76,10 +76,10 @@ def _check_command(argv: Sequence[str], commands: dict[str, Parser]) -> None:
             next(words, None)
         elif not word.startswith("-"):
             _suggest("command", word, list(commands), argv)
-            if word == "image":
+            if known := _subparsers(commands[word]):
                 nested = next((name for name in words if not name.startswith("-")), None)
                 if nested is not None:
-                    _suggest("image command", nested, list(_subparsers(commands["image"])), argv)
+                    _suggest(f"{word} command", nested, list(known), argv)
             return
 
 
@@ -175,6 +175,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     remove.add_argument("runs", nargs="+", metavar="RUN", help="run id")
     remove.add_argument("-f", "--force", action="store_true", help="stop running ones; ignore unknown ones")
     _add_machine(add)
+    _add_volume(add("volume", "Manage named disks that outlive boxes."), shared)
     _add_image(add("image", "Manage images and the guest image."), shared)
     add("doctor", "Check whether this host can run boxes, and say what to do if not.")
     add("up", "Start the embedded stack and wait until it answers.")
@@ -208,6 +209,13 @@ def _add_exec(command: Parser) -> None:
         default=[],
         metavar="HOST:GUEST[:ro|rw]",
         help="share a host directory",
+    )
+    command.add_argument(
+        "--volume",
+        action="append",
+        default=[],
+        metavar="NAME:GUEST",
+        help="a named disk that stays when the box is gone; made if it is not there",
     )
     command.add_argument("--user", "-u", metavar="U", help="user of the program: name or uid[:gid]")
     command.add_argument("--workdir", "-w", metavar="DIR", help="working directory of the program")
@@ -251,6 +259,22 @@ def _add_machine(add: Callable[[str, str], Parser]) -> None:
         metavar="[ADDRESS:]HOST:GUEST",
         help="port here and port in the box, or one number for both; the address is 127.0.0.1 if not given",
     )
+
+
+def _add_volume(volume: Parser, shared: list[Parser]) -> None:
+    commands = volume.add_subparsers(
+        dest="volume_command", metavar="COMMAND", required=True, parser_class=Parser, help="what to do"
+    )
+
+    def add(name: str, text: str) -> Parser:
+        return commands.add_parser(name, help=text, description=text, parents=shared)
+
+    create = add("create", "Make a volume.")
+    create.add_argument("name", metavar="NAME", help="its name: 1 to 63 of a-z, 0-9 and '-'")
+    create.add_argument("--size-mb", type=_positive, metavar="N", help="its size in MiB (10240)")
+    add("ls", "List volumes.")
+    remove = add("rm", "Remove volumes and all that is in them.")
+    remove.add_argument("names", nargs="+", metavar="NAME", help="a volume that no box uses")
 
 
 def _add_image(image: Parser, shared: list[Parser]) -> None:

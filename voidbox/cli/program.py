@@ -53,6 +53,24 @@ def mounts(options: Sequence[str], base: Path) -> list[dict[str, str]]:
     return entries
 
 
+def volumes(options: Sequence[str]) -> list[dict[str, str]]:
+    """The volumes that `--volume` options name.
+
+    Raises:
+        InvalidInput: one is malformed.
+    """
+    entries = []
+    for option in options:
+        name, _, guest = option.partition(":")
+        if not name or not guest.startswith("/") or ":" in guest:
+            raise InvalidInput(
+                f"--volume {option!r}: use NAME:GUEST, GUEST absolute (a host directory: --mount)",
+                reason="BAD_VOLUME",
+            )
+        entries.append({"name": name, "guest": guest})
+    return entries
+
+
 def sandbox_spec(args: Namespace, ours: Mapping[str, str], base: Path) -> bytes:
     """The spec of the box that `exec` starts."""
     sandbox: dict[str, object] = {}
@@ -66,6 +84,8 @@ def sandbox_spec(args: Namespace, ours: Mapping[str, str], base: Path) -> bytes:
         sandbox["disk_mb"] = args.disk_mb
     if args.mount:
         sandbox["mounts"] = mounts(args.mount, base)
+    if args.volume:
+        sandbox["volumes"] = volumes(args.volume)
     for key, variable in (("kernel", "VOID_BOX_KERNEL"), ("initramfs", "VOID_BOX_INITRAMFS")):
         if ours.get(variable):
             sandbox[key] = str(base / ours[variable])

@@ -29,6 +29,7 @@ from voidbox.spec.models import (
     Spec,
     Stage,
     StepMode,
+    Volume,
     Workflow,
 )
 from voidbox.spec.problems import Path
@@ -48,6 +49,7 @@ def check(spec: Spec, report: Report) -> None:
     _blocks(spec, report)
     _mounts(spec.sandbox.mounts, ("sandbox", "mounts"), report)
     _disks(spec, report)
+    _volumes(spec, report)
     if spec.agent is not None and spec.kind is Kind.AGENT:
         _agent(spec, spec.agent, report)
     if spec.pipeline is not None and spec.kind is Kind.PIPELINE:
@@ -75,7 +77,29 @@ def _disks(spec: Spec, report: Report) -> None:
             report(("pipeline", "boxes", at, "sandbox", "disk_mb"), _NO_DISK)
 
 
-def _mounts(mounts: Sequence[Mount], path: Path, report: Report, taken: Iterable[str] = ()) -> None:
+def _volumes(spec: Spec, report: Report) -> None:
+    """A volume is one box's at a time, and is mounted where nothing else is."""
+    shared = spec.sandbox.volumes
+    _mounts(shared, ("sandbox", "volumes"), report, [mount.guest for mount in spec.sandbox.mounts])
+    if spec.pipeline is None:
+        return
+    boxes = {box.name: box.sandbox for box in spec.pipeline.boxes}
+    for at, box in enumerate(spec.pipeline.boxes):
+        taken = [mount.guest for mount in (*spec.sandbox.mounts, *box.sandbox.mounts)]
+        taken += [volume.guest for volume in shared]
+        _mounts(box.sandbox.volumes, ("pipeline", "boxes", at, "sandbox", "volumes"), report, taken)
+    for at, stage in enumerate(spec.pipeline.stages):
+        names = () if isinstance(stage, BoxStage) else stage.boxes
+        used = Counter(one.name for name in names if name in boxes for one in (*shared, *boxes[name].volumes))
+        for volume, count in used.items():
+            if count > 1:
+                report(
+                    ("pipeline", "stages", at),
+                    f"volume {volume!r} is in {count} boxes that run at once; one box at a time can have it",
+                )
+
+
+def _mounts(mounts: Sequence[Mount | Volume], path: Path, report: Report, taken: Iterable[str] = ()) -> None:
     seen = set(taken)
     for at, mount in enumerate(mounts):
         if mount.guest in seen:

@@ -131,6 +131,21 @@ class Limits:
 
 
 @model
+class Volume:
+    """A named disk that stays when the box is gone; one box at a time uses it."""
+
+    name: str = key(
+        "Its name; it is made if it is not there.",
+        pattern="[a-z0-9][a-z0-9-]{0,62}",
+        pattern_hint="a name: 1 to 63 of a-z, 0-9 and '-', no '-' first",
+    )
+    guest: str = key("Where the box sees it.", guest_path=True)
+    size_mb: int | None = key(
+        "Its size in MiB when it is made; 10240 if not given.", default=None, minimum=64, maximum=1 << 24
+    )
+
+
+@model
 class Sandbox:
     """The machine that programs run in."""
 
@@ -152,6 +167,7 @@ class Sandbox:
         default_factory=dict,
     )
     mounts: tuple[Mount, ...] = key("Host directories that the box sees.", default=())
+    volumes: tuple[Volume, ...] = key("Named disks that outlive the box.", default=())
     image: str | None = key("OCI image whose files are the box's root.", default=None, not_blank=True)
     guest_image: str | None = key(
         "OCI image that carries kernel and initramfs; empty: never pull one.", default=None
@@ -175,6 +191,7 @@ class BoxSandbox:
     network: bool | None = key("Whether the box has a network device.", default=None)
     env: Mapping[str, str] = key("Environment, added to the top-level one.", default_factory=dict)
     mounts: tuple[Mount, ...] = key("Mounts, added to the top-level ones.", default=())
+    volumes: tuple[Volume, ...] = key("Volumes, added to the top-level ones.", default=())
     image: str | None = key("OCI image for this box instead.", default=None, not_blank=True)
     snapshot: str | None = key("Snapshot to start from instead.", default=None)
 

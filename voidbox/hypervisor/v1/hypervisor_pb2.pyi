@@ -759,7 +759,7 @@ class DeleteBoxRequest(google.protobuf.message.Message):
     box_id: builtins.str
     """Its id."""
     force: builtins.bool
-    """Whether a running box is killed at once instead of being asked first."""
+    """Whether a running box is killed at once instead of being asked first; one with volumes never is."""
     def __init__(
         self,
         *,
