@@ -320,8 +320,8 @@ class Launcher:
             )
         if held := [disk.volume for disk in config.disks if disk.volume]:
             raise WrongState(
-                f"box {box.id} has volume {held[0]}, which only one box can have; a box with volumes cannot be "
-                "saved or copied",
+                f"box {box.id} has volume {held[0]}, which only one box can have; a box with "
+                "volumes cannot be saved or copied",
                 reason="HAS_VOLUMES",
                 box=box.id,
             )

@@ -213,7 +213,7 @@ async def capabilities(service: Harness) -> None:
     told = await service.hypervisor.GetCapabilities(pb.GetCapabilitiesRequest(refresh=True))
     assert told.host_cpus > 0
     assert 0 < told.available_memory_mib <= told.host_memory_mib
-    assert set(told.missing_features) == {"network", "update", "volume"}
+    assert set(told.missing_features) == {"network", "update"}
 
 
 async def build_template(service: Harness) -> None:
@@ -445,8 +445,6 @@ async def test_every_call_does_what_it_says_or_says_that_it_is_not_built(
         ({"egress": {"enabled": True}}, NotBuilt, "network"),
         ({"snapshot": "s"}, NotFound, "no snapshot 's'"),
         ({"snapshot": "../s"}, InvalidInput, "snapshot name"),
-        ({"root_disk": {"volume": "v"}}, NotBuilt, "volumes"),
-        ({"snapshot": "s"}, NotBuilt, "snapshot"),
         ({"root_disk": {"volume": "v"}}, InvalidInput, "guest_path"),
         ({"disks": [{"volume": "v", "guest_path": "/d"}]}, InvalidInput, "writable"),
         ({"disks": [{"volume": "../v", "guest_path": "/d", "writable": True}]}, InvalidInput, "../v"),
