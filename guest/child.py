@@ -32,7 +32,7 @@ def become(request: Message, fds: list[int], status: int, namespace: int, cgroup
     """Turn this freshly forked process into the program of `request`.
 
     Args:
-        request: argv, env, cwd, default_cwd, uid, gid, groups, terminal, privileged, confine.
+        request: argv, env, cwd, default_cwd, make_cwd, uid, gid, groups, terminal, privileged, confine.
         fds: What becomes 0, 1 and 2.
         status: Write end of the pipe that failures go to.
         namespace: Mount namespace to enter, or -1.
@@ -71,6 +71,8 @@ def _become(request: Message, fds: list[int], status: int, namespace: int, cgrou
         syscalls.setns(namespace, syscalls.CLONE_NEWNS)
     _lower_limits(request["confine"])
     os.umask(0o022)
+    if request["make_cwd"] and namespace >= 0:
+        _make_directory(request["cwd"])
     if request["privileged"]:
         os.setgroups(request["groups"])
         os.setresgid(request["gid"], request["gid"], request["gid"])
@@ -110,6 +112,15 @@ def _confine(allowed: list[str] | None, search: str) -> None:
         seccomp.install(memfd=allowed is None)
     except OSError as error:
         raise Failed("confine", error.errno, error.strerror or str(error)) from error
+
+
+def _make_directory(path: str) -> None:
+    try:
+        os.makedirs(path, 0o755, exist_ok=True)
+    except FileExistsError:
+        pass  # no directory: changing to it says so
+    except OSError as error:
+        raise Failed("directory", error.errno, path) from error
 
 
 def _change_directory(path: str, default: bool) -> None:

@@ -267,6 +267,7 @@ def _to_start(message: pb.ExecStart, guest: Guest) -> Start:
         env=env,
         directory=message.working_directory or "/workspace",
         default_directory=not message.working_directory,
+        make_directory=message.create_working_directory and bool(message.working_directory),
         account=account,
         terminal=terminal,
         timeout=timeout,

@@ -48,6 +48,7 @@ class Start(NamedTuple):
     env: dict[str, str]
     directory: str
     default_directory: bool
+    make_directory: bool
     account: Account
     terminal: Size | None
     timeout: float
@@ -384,6 +385,7 @@ class Execs:
             env={},
             directory="",
             default_directory=True,
+            make_directory=False,
             account=account,
             terminal=None,
             timeout=0,
@@ -455,6 +457,7 @@ def _spawn_message(start: Start, confinement: Confinement) -> Message:
         "env": start.env,
         "cwd": start.directory,
         "default_cwd": start.default_directory,
+        "make_cwd": start.make_directory,
         "uid": start.account.uid,
         "gid": start.account.gid,
         "groups": list(start.account.groups),

@@ -51,7 +51,7 @@ class Guest:
         """
         passwd = self.root.read_text("/etc/passwd")
         if user:
-            return users.lookup(user, passwd, self.root.read_text("/etc/group"))
+            return users.lookup(user, passwd, self.root.read_text("/etc/group"), self.uid)
         row = next((row for row in users.rows(passwd, 7) if row[2] == str(self.uid)), None)
         home = "/root" if self.uid == 0 else "/home/sandbox"
         name = row[0] if row else "sandbox"

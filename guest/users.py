@@ -21,49 +21,51 @@ class Account(NamedTuple):
     shell: str
 
 
-def lookup(user: str, passwd: str, group: str) -> Account:
-    """The account that "name" or "uid[:gid]" means.
+def lookup(user: str, passwd: str, group: str, default_uid: int = 0) -> Account:
+    """The account that "name", "uid", "name:group" or "uid:gid" means, as docker reads it.
+
+    A user without an entry gets group 0. The groups that a user is a member of count only where no
+    group is named.
 
     Args:
         user: What the caller asked for.
         passwd: Content of /etc/passwd.
         group: Content of /etc/group.
+        default_uid: Who it is if only a group is named.
 
     Raises:
         AgentError: NOT_FOUND if there is no such name, INVALID_ARGUMENT if an id is out of range.
     """
-    name, _, group_part = user.partition(":")
+    name, colon, group_part = user.partition(":")
+    if colon and not name:
+        name = str(default_uid)
     row = next(
-        (row for row in rows(passwd, 7) if row[0] == name or (name.isdigit() and row[2] == name)), None
+        (row for row in rows(passwd, 7) if row[0] == name or (_is_number(name) and row[2] == name)), None
     )
-    if name.isdigit():
-        uid = number(name, "user id")
-        gid = int(row[3]) if row and row[3].isdigit() else uid
-    elif row is not None and row[2].isdigit() and row[3].isdigit():
-        uid, gid = int(row[2]), int(row[3])
+    if row is not None and _is_number(row[2]) and _is_number(row[3]):
+        uid, gid = number(row[2], "user id"), number(row[3], "group id")
+    elif _is_number(name):
+        uid, gid = number(name, "user id"), 0
     else:
         raise not_found(
             f"there is no user {name!r} in /etc/passwd of the box", reason="USER_NOT_FOUND", user=name
         )
-    if group_part.isdigit():
-        gid = number(group_part, "group id")
-    elif group_part:
-        found = next((row for row in rows(group, 4) if row[0] == group_part and row[2].isdigit()), None)
-        if found is None:
+    login = row[0] if row else ""
+    named = [one for one in rows(group, 4) if _is_number(one[2])]
+    extra = {number(one[2], "group id") for one in named if login and login in one[3].split(",")}
+    if group_part:
+        found = next((one for one in named if group_part in (one[0], one[2])), None)
+        if found is None and not _is_number(group_part):
             raise not_found(
                 f"there is no group {group_part!r} in /etc/group of the box", reason="GROUP_NOT_FOUND"
             )
-        gid = int(found[2])
-    login = row[0] if row else ""
-    extra = {
-        int(one[2]) for one in rows(group, 4) if login and one[2].isdigit() and login in one[3].split(",")
-    }
+        gid, extra = number(found[2] if found else group_part, "group id"), set()
     return Account(
         uid,
         gid,
         tuple(sorted({gid, *extra})),
         login or str(uid),
-        row[5] if row else "/",
+        (row[5] if row else "") or "/",
         row[6] if row else "",
     )
 
@@ -71,6 +73,11 @@ def lookup(user: str, passwd: str, group: str) -> Account:
 def rows(text: str, columns: int) -> list[list[str]]:
     """The well-formed lines of a colon-separated database."""
     return [fields for line in text.splitlines() if len(fields := line.split(":")) == columns]
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is decimal, and short enough to be an id."""
+    return text.isascii() and text.isdigit() and len(text) <= 20
 
 
 def number(text: str, what: str) -> int:

@@ -82,6 +82,8 @@ PACKAGES = (
     "python3.11-minimal",
     "zlib1g",
 )
+# Empty since glibc 2.34 (but libm), and still named by most programs that come on disks, agents' above all.
+GLIBC_PARTS = ("libdl.so.2", "libm.so.6", "libpthread.so.0", "librt.so.1")
 
 
 async def build_guest_image(
@@ -209,7 +211,7 @@ class _Builder:
         entries.append(cpio.file(PYTHON, programs[PYTHON], 0o755))
         entries.append(cpio.symlink("usr/bin/python3", "python3.11"))
         entries.append(cpio.symlink("usr/bin/python", "python3.11"))
-        libraries = await asyncio.to_thread(shared_libraries, programs, trees)
+        libraries = await asyncio.to_thread(shared_libraries, programs, trees, GLIBC_PARTS)
         entries += (cpio.file(name, path.read_bytes(), 0o755) for name, path in libraries.items())
         entries.append(cpio.file(LOADER, interpreter.loader.read_bytes(), 0o755))
         # A directory of its own permissions for what only the agent may read.

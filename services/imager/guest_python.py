@@ -93,8 +93,10 @@ def beside_source(compiled: Mapping[str, bytes]) -> Iterator[cpio.Entry]:
         yield cpio.file(f"{parent}/__pycache__/{name.removesuffix('.py')}.cpython-311.pyc", content)
 
 
-def shared_libraries(programs: Mapping[str, bytes], trees: Iterable[Path]) -> dict[str, Path]:
-    """Every shared library that `programs` need, directly or not, by path in the guest.
+def shared_libraries(
+    programs: Mapping[str, bytes], trees: Iterable[Path], also: Iterable[str] = ()
+) -> dict[str, Path]:
+    """Every shared library that `programs` need, directly or not, by path in the guest; and those in `also`.
 
     All go to one directory, the first that the loader looks in.
 
@@ -108,6 +110,7 @@ def shared_libraries(programs: Mapping[str, bytes], trees: Iterable[Path]) -> di
         for needer, content in sorted(programs.items())
         for name in Elf(content, needer).needed()
     ]
+    wanted += [(name, "the guest image") for name in also]
     while wanted:
         name, needer = wanted.pop()
         if name in found or LOADER.endswith(f"/{name}"):

@@ -36,11 +36,12 @@ def busybox_root() -> bytes:
 
         for name in [busybox, *libraries]:
             add("bin/busybox" if name == busybox else name.lstrip("/"), Path(name).read_bytes(), 0o755)
-        for applet in ("sh", "cat", "id", "pwd", "echo", "env"):
+        for applet in ("sh", "cat", "id", "pwd", "echo", "env", "stat"):
             link = tarfile.TarInfo(f"bin/{applet}")
             link.type, link.linkname = tarfile.SYMTYPE, "busybox"
             tar.addfile(link)
         add("etc/passwd", b"root:x:0:0::/:/bin/sh\nweb:x:123:456::/srv:/bin/sh\n", 0o644)
+        add("etc/group", b"root:x:0:\nweb:x:456:\nextra:x:77:root,web\n", 0o644)
         add("srv/marker", b"of the image\n", 0o644)
     return buffer.getvalue()
 
@@ -78,15 +79,37 @@ def layout(directory: Path, config: dict[str, Any]) -> str:
     return f"oci:{directory}"
 
 
+def exported_and_verified(voidbox: Voidbox, reference: str, tmp_path: Path) -> None:
+    """The image as a file that is written once, and the cache without damage."""
+    target = tmp_path / "image.tar"
+    done = voidbox("--output", "json", "image", "export", reference, "-o", str(target)).json
+    assert (done["path"], done["size_bytes"]) == (str(target), target.stat().st_size)
+    with tarfile.open(target) as tar:
+        member = tar.extractfile("srv/marker")
+        assert member is not None
+        assert member.read() == b"of the image\n"
+    error = voidbox.error("image", "export", reference, "-o", str(target), code=3)
+    assert error["code"] == "ALREADY_EXISTS"
+    options = ("--format", "initramfs", "--compression", "gzip", "--force")
+    voidbox("image", "export", reference, "-o", str(target), *options)
+    assert gzip.decompress(target.read_bytes()).startswith(b"070701")
+    assert [path.name for path in tmp_path.glob("*.part")] == []
+    found = voidbox("--output", "json", "image", "verify").json
+    assert found["checked"] >= 4
+    assert found["problems"] == []
+    error = voidbox.error("image", "push", reference, "127.0.0.1:9/x", code=4)
+    assert error["code"] == "UNAVAILABLE"
+
+
 def test_an_image_is_run_as_its_configuration_says_and_removed(voidbox: Voidbox, tmp_path: Path) -> None:
-    script = 'echo "$0 $1 $2"; id -u; pwd; echo "$GREETING"; cat marker'
+    script = 'echo "$0 $1 $2"; id -u; id -G; pwd; stat -c "%u %a" .; echo "$HOME $GREETING"; cat /srv/marker'
     reference = layout(
         tmp_path / "l",
         {
             "Entrypoint": ["/bin/sh", "-c", script, "entry"],
             "Cmd": ["from", "image"],
             "Env": ["PATH=/bin", "GREETING=hello"],
-            "WorkingDir": "/srv",
+            "WorkingDir": "/made/for this",
             "User": "web",
         },
     )
@@ -97,11 +120,15 @@ def test_an_image_is_run_as_its_configuration_says_and_removed(voidbox: Voidbox,
     ]
     assert voidbox("--output", "json", "image", "inspect", reference).json["config"]["user"] == "web"
     done = voidbox("exec", *MEMORY, "--image", reference)
-    assert done.text == "entry from image\n123\n/srv\nhello\nof the image\n"
+    assert done.text == ("entry from image\n123\n456 77\n/made/for this\n0 755\n/srv hello\nof the image\n")
     # A box's writes go to its own layer: the next box has the image as it was.
-    words = ("--user", "0", "--env", "GREETING=bye", "--", "ours")
+    words = ("--user", "0:extra", "--workdir", "/srv", "--env", "GREETING=bye", "--", "ours")
     done = voidbox("exec", *MEMORY, "--image", reference, *words)
-    assert done.text == "entry ours \n0\n/srv\nbye\nof the image\n"
+    assert done.text == "entry ours \n0\n77\n/srv\n0 755\n/ bye\nof the image\n"
+    # A user without an entry is in root's group; another entrypoint does without the image's arguments.
+    others = ("--entrypoint", "/bin/id", "--user", "1234", "--", "-G")
+    assert voidbox("exec", *MEMORY, "--image", reference, *others).text == "0\n"
+    exported_and_verified(voidbox, reference, tmp_path)
     script = "cat /srv/marker; busybox df -m / | busybox tail -n 1"
     document = pipeline("image", program_box("one", "sh", "-c", script))
     document["sandbox"] |= {"image": reference, "disk_mb": 6000}

@@ -5,6 +5,7 @@ The real programs, 180 MB each to fetch, run in a box with `make test-agents`.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import gzip
@@ -34,6 +35,7 @@ from services.imager.cache import ImageCache
 from services.imager.images import Catalog
 from services.imager.limits import Cancel, Limits
 from services.imager.prune import Housekeeper
+from services.imager.terminal import network_env
 from services.imager.verify import Verifier
 from tests.imager_images import Item, check_ext4, directory, make_tar, need, run, symlink
 from tests.vm import Client
@@ -249,8 +251,11 @@ def test_every_pin_is_whole_and_for_both_processors() -> None:
 @pytest.mark.timeout(900)
 async def test_the_real_agents_answer_in_a_box(client: Client, tmp_path: Path) -> None:
     """Fetched by the user's own npm, checked, written to disks, mounted, run."""
-    store = AgentStore(ImageCache(tmp_path / "cache"), Limits(), {})
-    made = {agent: store.disk(pinned_package(agent, "amd64")) for agent in ("claude-code", "codex")}
+    store = AgentStore(ImageCache(tmp_path / "cache"), Limits(), network_env(os.environ))
+    made = {
+        agent: await asyncio.to_thread(store.disk, pinned_package(agent, "amd64"))
+        for agent in ("claude-code", "codex")
+    }
     disks = [
         hypervisor_pb2.Disk(base_path=str(one.disk.path), guest_path=f"/opt/agents/{agent}")
         for agent, one in made.items()

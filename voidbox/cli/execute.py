@@ -59,7 +59,7 @@ def _check(context: Context, argv: list[str]) -> None:
     program.environment(args.env, os.environ)
     program.mounts(args.mount, Path.cwd())
     program.volumes(args.volume)
-    if not argv and not args.image:
+    if not argv and (not args.image or args.entrypoint == ""):
         program.start(args, argv, os.environ, None, None)
     if args.tty and not os.isatty(0):
         raise InvalidInput(
@@ -68,6 +68,7 @@ def _check(context: Context, argv: list[str]) -> None:
     if args.target:
         fresh = {
             "--image": args.image,
+            "--entrypoint": args.entrypoint,
             "--memory-mb": args.memory_mb,
             "--vcpus": args.vcpus,
             "--disk-mb": args.disk_mb,

@@ -191,6 +191,9 @@ def build() -> tuple[Parser, dict[str, Parser]]:
 def _add_exec(command: Parser) -> None:
     command.usage = "voidbox exec [options] [--] PROGRAM [ARGS...]"
     command.add_argument("--image", metavar="REF", help="OCI image whose files are the box's root")
+    command.add_argument(
+        "--entrypoint", metavar="PROGRAM", help="instead of the image's; '' for none; its CMD does not count"
+    )
     command.add_argument("--memory-mb", type=_positive, metavar="N", help="memory of the box (1024)")
     command.add_argument("--vcpus", type=_positive, metavar="N", help="processors of the box (1)")
     command.add_argument(

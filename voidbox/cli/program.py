@@ -93,6 +93,13 @@ def sandbox_spec(args: Namespace, ours: Mapping[str, str], base: Path) -> bytes:
     return json.dumps(spec).encode()
 
 
+def _words(entrypoint: str | None, argv: Sequence[str], config: imager_pb2.ImageConfig) -> list[str]:
+    """Program and arguments; another entrypoint takes the image's default arguments away."""
+    if entrypoint is None:
+        return [*config.entrypoint, *(argv or config.cmd)]
+    return [*([entrypoint] if entrypoint else []), *argv]
+
+
 def start(
     args: Namespace,
     argv: Sequence[str],
@@ -105,8 +112,9 @@ def start(
     Raises:
         InvalidInput: there is no program.
     """
+    image = config is not None
     config = config or imager_pb2.ImageConfig()
-    words = [*config.entrypoint, *(argv or config.cmd)]
+    words = _words(args.entrypoint, argv, config)
     if not words:
         raise InvalidInput(
             "no program to run: voidbox exec [options] -- PROGRAM [ARGS...]"
@@ -120,7 +128,8 @@ def start(
         program=words[0],
         args=words[1:],
         env=env,
-        working_directory=args.workdir or config.working_dir,
+        working_directory=args.workdir or config.working_dir or ("/" if image else ""),
+        create_working_directory=not args.target,
         user=args.user or config.user,
         terminal=terminal,
     )

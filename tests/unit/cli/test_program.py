@@ -40,6 +40,35 @@ def test_entrypoint_and_command_combine_as_in_docker(
     assert [start.program, *start.args] == words
 
 
+@pytest.mark.parametrize(
+    ("entrypoint", "argv", "words"),
+    [
+        ("/other", [], ["/other"]),
+        ("/other", ["x"], ["/other", "x"]),
+        ("", ["x", "y"], ["x", "y"]),
+    ],
+)
+def test_another_entrypoint_takes_the_default_arguments_away(
+    entrypoint: str, argv: list[str], words: list[str]
+) -> None:
+    start = program.start(parse(["exec", "--entrypoint", entrypoint]), argv, {}, IMAGE, None)
+    assert [start.program, *start.args] == words
+
+
+def test_no_entrypoint_and_no_argument_is_no_program() -> None:
+    with pytest.raises(InvalidInput, match="PROGRAM"):
+        program.start(parse(["exec", "--entrypoint", ""]), [], {}, IMAGE, None)
+
+
+def test_an_image_without_a_directory_starts_in_the_root_and_a_missing_one_is_made() -> None:
+    start = program.start(parse(["exec"]), ["x"], {}, ImageConfig(), None)
+    assert (start.working_directory, start.create_working_directory) == ("/", True)
+    plain = program.start(parse(["exec"]), ["x"], {}, None, None)
+    assert plain.working_directory == ""
+    joined = program.start(parse(["exec", "--in", "box", "-w", "/x"]), ["x"], {}, None, None)
+    assert not joined.create_working_directory, "as docker exec"
+
+
 def test_options_win_over_the_image() -> None:
     args = parse(["exec", "-e", "A=ours", "-e", "B", "-u", "0", "-w", "/tmp", "--timeout", "1.5"])
     start = program.start(args, ["x"], {"B": "copied"}, IMAGE, None)

@@ -14,6 +14,9 @@ PASSWD = """root:x:0:0:root:/root:/bin/bash
 broken line
 web:x:33:44:w:/srv/web:/bin/false
 bad:x:notanumber:1::/:
+homeless:x:66:66:::/bin/sh
+4000:x:77:77::/:
+huge:x:4294967295:1::/:
 """
 GROUP = "root:x:0:\nwww:x:44:\nextra:x:55:other,web\nmore:x:56:web2\n"
 
@@ -24,14 +27,22 @@ GROUP = "root:x:0:\nwww:x:44:\nextra:x:55:other,web\nmore:x:56:web2\n"
         ("root", Account(0, 0, (0,), "root", "/root", "/bin/bash")),
         ("web", Account(33, 44, (44, 55), "web", "/srv/web", "/bin/false")),
         ("33", Account(33, 44, (44, 55), "web", "/srv/web", "/bin/false")),
-        ("web:root", Account(33, 0, (0, 55), "web", "/srv/web", "/bin/false")),
-        ("33:7", Account(33, 7, (7, 55), "web", "/srv/web", "/bin/false")),
-        ("1234", Account(1234, 1234, (1234,), "1234", "/", "")),
+        ("web:", Account(33, 44, (44, 55), "web", "/srv/web", "/bin/false")),
+        # With a group named, the user's other groups do not count.
+        ("web:root", Account(33, 0, (0,), "web", "/srv/web", "/bin/false")),
+        ("33:7", Account(33, 7, (7,), "web", "/srv/web", "/bin/false")),
+        ("33:55", Account(33, 55, (55,), "web", "/srv/web", "/bin/false")),
+        # Without an entry the group is root's.
+        ("1234", Account(1234, 0, (0,), "1234", "/", "")),
         ("1234:www", Account(1234, 44, (44,), "1234", "/", "")),
+        ("homeless", Account(66, 66, (66,), "homeless", "/", "/bin/sh")),
+        # A name of digits comes before an id, if its line comes first.
+        ("4000", Account(77, 77, (77,), "4000", "/", "")),
+        (":www", Account(33, 44, (44,), "web", "/srv/web", "/bin/false")),
     ],
 )
 def test_users_are_found(user: str, account: Account) -> None:
-    assert lookup(user, PASSWD, GROUP) == account
+    assert lookup(user, PASSWD, GROUP, default_uid=33) == account
 
 
 @pytest.mark.parametrize(
@@ -42,6 +53,9 @@ def test_users_are_found(user: str, account: Account) -> None:
         ("web:nogroup", Code.NOT_FOUND),
         ("", Code.NOT_FOUND),
         ("-1", Code.NOT_FOUND),
+        ("\u00b2", Code.NOT_FOUND),
+        ("9" * 5000, Code.NOT_FOUND),
+        ("huge", Code.INVALID_ARGUMENT),
         ("4294967295", Code.INVALID_ARGUMENT),
         ("4294967280", Code.INVALID_ARGUMENT),  # the agent's own
         ("1:4294967295", Code.INVALID_ARGUMENT),

@@ -421,6 +421,7 @@ class ExecStart(google.protobuf.message.Message):
     DETACH_GRACE_FIELD_NUMBER: builtins.int
     ACKS_FIELD_NUMBER: builtins.int
     RING_BYTES_FIELD_NUMBER: builtins.int
+    CREATE_WORKING_DIRECTORY_FIELD_NUMBER: builtins.int
     exec_id: builtins.str
     """Chosen by the caller, unique in the box: 1 to 64 of [A-Za-z0-9._-]. Empty: the agent chooses."""
     program: builtins.str
@@ -428,7 +429,9 @@ class ExecStart(google.protobuf.message.Message):
     working_directory: builtins.str
     """Working directory. Empty means /workspace if it exists, else /."""
     user: builtins.str
-    """Name or "uid[:gid]" from the root's user database. Empty means the box's default user."""
+    """Name or uid, with an optional group name or gid after a colon, by the root's user and
+    group databases as docker does. Empty means the box's default user.
+    """
     stdin: builtins.bool
     """Whether the client will send standard input. If false, it is empty."""
     detach: builtins.bool
@@ -443,6 +446,10 @@ class ExecStart(google.protobuf.message.Message):
     """
     ring_bytes: builtins.int
     """Bytes of each stream that are kept for `Attach`. 0 means 1 MiB; 64 KiB to 16 MiB."""
+    create_working_directory: builtins.bool
+    """Whether a working directory that is missing is made, as root, mode 0755. Only in a box
+    that has a root disk.
+    """
     @property
     def args(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Arguments after the program's name."""
@@ -479,9 +486,10 @@ class ExecStart(google.protobuf.message.Message):
         detach_grace: google.protobuf.duration_pb2.Duration | None = ...,
         acks: builtins.bool = ...,
         ring_bytes: builtins.int = ...,
+        create_working_directory: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["detach_grace", b"detach_grace", "terminal", b"terminal", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acks", b"acks", "args", b"args", "detach", b"detach", "detach_grace", b"detach_grace", "env", b"env", "exec_id", b"exec_id", "program", b"program", "ring_bytes", b"ring_bytes", "stdin", b"stdin", "terminal", b"terminal", "timeout", b"timeout", "user", b"user", "working_directory", b"working_directory"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acks", b"acks", "args", b"args", "create_working_directory", b"create_working_directory", "detach", b"detach", "detach_grace", b"detach_grace", "env", b"env", "exec_id", b"exec_id", "program", b"program", "ring_bytes", b"ring_bytes", "stdin", b"stdin", "terminal", b"terminal", "timeout", b"timeout", "user", b"user", "working_directory", b"working_directory"]) -> None: ...
 
 global___ExecStart = ExecStart
 
