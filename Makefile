@@ -105,6 +105,7 @@ lock: ## Resolve the dependencies anew
 # ---- slow things -----------------------------------------------------------------------------
 
 bench: setup-dev ## Measure, each figure beside its floor or a peer
+	@tools/system-packages debootstrap
 	@$(BIN)/python -m tests.bench
 
 test-agents: setup-dev ## Fetch the real agents' programs and run them in a box (350 MB)

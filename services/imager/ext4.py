@@ -40,6 +40,9 @@ _ZEROS: Final = bytes(BLOCK)
 _PADDING: Final = tuple(memoryview(_ZEROS)[used:] for used in range(BLOCK))  # of a block's last `used` bytes
 _GATHER_BYTES: Final = 1 << 20
 _GATHER_PIECES: Final = 1000  # less than IOV_MAX, 1024, with room for padding
+_SEND_BYTES: Final = 32 << 20
+_SYNC_WRITE: Final = 0x2  # SYNC_FILE_RANGE_WRITE, linux/fs.h
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 _PUNCH_HOLE: Final = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 _LEAF_BATCH: Final = 256  # directory blocks whose checksums are computed at once: 1 MiB
 
@@ -77,6 +80,7 @@ class Ext4Writer:
         self._next = DATA_START
         self._waiting: list[bytes | memoryview] = []
         self._waiting_bytes = 0
+        self._unsent = 0
         file.flush()
         os.lseek(file.fileno(), DATA_START * BLOCK, os.SEEK_SET)
 
@@ -124,11 +128,17 @@ class Ext4Writer:
         waiting, descriptor = self._waiting, self._file.fileno()
         total = sum(map(len, waiting))
         written = os.writev(descriptor, waiting)
-        while written < total:  # a full disk shows at the second call
-            rest = memoryview(b"".join(waiting))[written:]
-            waiting, total = [rest], len(rest)
-            written = os.writev(descriptor, waiting)
+        if written < total:  # a full disk shows at the second call
+            rest = memoryview(b"".join(waiting))
+            while written < total:
+                written += os.write(descriptor, rest[written:])
         self._waiting, self._waiting_bytes = [], 0
+        self._unsent += total
+        if self._unsent >= _SEND_BYTES:
+            self._unsent = 0
+            # Begin to bring it to the disk below: the sync at the end then has little to wait for.
+            if _sync_file_range is not None:
+                _sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_WRITE)
 
     def finish(
         self, tree: Tree, *, size_bytes: int | None = None, free_bytes: int = 0, read_only: bool = False
@@ -218,10 +228,7 @@ class Ext4Writer:
         for node, parent in nodes:
             if node.kind is not Kind.DIRECTORY:
                 continue
-            names = [
-                ext4_dirs.Name(name, child.number, child.kind)
-                for name, child in sorted(node.children.items())
-            ]
+            names = [(name, child.number, child.kind) for name, child in sorted(node.children.items())]
             made = ext4_dirs.build_directory(node.number, parent.number, names, self._hash_seed)
             if made.indexed:
                 indexed.add(node.number)

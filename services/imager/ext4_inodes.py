@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO, Final, Protocol
@@ -104,6 +105,12 @@ class InodeTable:
 
         A directory's blocks are already in its `extents`; `indexed` says that they are hashed.
         """
+        if node.kind is Kind.FILE and not node.xattrs:
+            area = ext4_extents.pack_simple(node.extents)
+            if area is not None:
+                sectors = node.extents[0].length * _SECTORS if node.extents else 0
+                self._pack(node, node.size, EXTENTS_FLAG, sectors, area, 0, b"")
+                return
         flags = blocks = 0
         area = b""
         size = node.size
@@ -210,6 +217,7 @@ def _joined(pieces: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     yield start, count
 
 
+@functools.lru_cache(4096)
 def _time(nanoseconds: int) -> tuple[int, int]:
     """Seconds modulo 2^32, and the field with two more bits and the nanoseconds; clamped to what exists."""
     nanoseconds = min(max(nanoseconds, -(1 << 31) * 10**9), ((3 << 32) + (1 << 31) - 1) * 10**9 + 10**9 - 1)

@@ -24,12 +24,10 @@ from services.imager.ext4 import Ext4Writer
 from services.imager.layers import LayerMerger, LayerSource
 from services.imager.limits import Limits
 from tests.imager_images import (
-    Facts,
     Item,
     build_ext4,
     check_ext4,
     directory,
-    facts_below,
     hardlink,
     make_tar,
     missing,
@@ -38,6 +36,7 @@ from tests.imager_images import (
     run,
     symlink,
 )
+from tests.tree_facts import Facts, facts_below
 
 NOBODY = 0xFFFFFFFF  # ACL_UNDEFINED_ID
 ACL_HEADER = struct.pack("<I", 2)

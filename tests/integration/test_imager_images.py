@@ -26,9 +26,7 @@ from services.imager.pull import ImageStore
 from services.imager.qcow2 import create_overlay
 from services.imager.registry import RegistrySettings
 from tests.imager_images import (
-    Facts,
     check_ext4,
-    facts_below,
     make_layout,
     make_tar,
     missing,
@@ -37,6 +35,7 @@ from tests.imager_images import (
     run,
 )
 from tests.integration.test_imager_ext4 import EVERYTHING
+from tests.tree_facts import Facts, facts_below
 
 
 @pytest.fixture

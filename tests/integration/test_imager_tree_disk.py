@@ -13,7 +13,8 @@ from services.imager.cache import ImageCache
 from services.imager.disk import Disk
 from services.imager.limits import Cancel, Limits
 from services.imager.tree_disk import EPOCH_NS, build_tree_disk
-from tests.imager_images import check_ext4, facts_below, mounted, run
+from tests.imager_images import check_ext4, mounted, run
+from tests.tree_facts import facts_below
 
 
 def make_skill(root: Path) -> Path:

@@ -76,7 +76,11 @@ def test_the_directory_hash_is_that_of_debugfs(name: str) -> None:
     out = run(need("debugfs", "e2fsprogs"), "-R", f"dx_hash -h half_md4 -s {text} {name}")
     found = re.search(r"is (0x[0-9a-f]+)", out)
     assert found is not None
-    assert half_md4(name.encode(), struct.unpack("<4I", seed)) == int(found[1], 16)
+    others = [b"x" * length for length in range(256)] * 5
+    hashes = half_md4([*others, name.encode(), *others], struct.unpack("<4I", seed))
+    assert hashes[len(others)] == int(found[1], 16)
+    assert hashes[: len(others)] == hashes[len(others) + 1 :]
+    assert half_md4([name.encode()], struct.unpack("<4I", seed)) == [int(found[1], 16)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 340, 341, 1360, 1361, 200_000])
