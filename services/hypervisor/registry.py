@@ -208,7 +208,7 @@ class Registry:
         """
         box_id = check_box_id(box_id) if box_id else f"box-{secrets.token_hex(5)}"
         if config.snapshot:
-            config = await self.launcher.snapshots.resolve(config)
+            config = await self._resolve(box_id, config)
         existing = self._boxes.get(box_id)
         if existing is None:
             creation = self._admit(box_id, config, start_seconds)
@@ -225,6 +225,16 @@ class Registry:
         box = self._boxes[box_id]
         await self._join(creation)
         return box.record
+
+    async def _resolve(self, box_id: str, config: BoxConfig) -> BoxConfig:
+        """`config` with what its snapshot says; of a box that exists, also if the snapshot is gone."""
+        try:
+            return await self.launcher.snapshots.resolve(config)
+        except NotFound:
+            existing = self._boxes.get(box_id)
+            if existing is None or existing.record.config.snapshot != config.snapshot:
+                raise
+            return existing.record.config
 
     def _admit(
         self, box_id: str, config: BoxConfig, start_seconds: float, source: Source | None = None
@@ -337,7 +347,8 @@ class Registry:
         for each in ids:
             if each in self._boxes:
                 raise AlreadyExists(f"box {each} exists; choose another id", reason="BOX_EXISTS", box=each)
-        config = dataclasses.replace(box.record.config, hostname="", snapshot="")
+        # A copy is nobody's: whoever looks after boxes with these labels has not asked for it.
+        config = dataclasses.replace(box.record.config, hostname="", snapshot="", labels={})
         async with self.launcher.captured(box, allow_secrets=allow_secrets) as (source, pause):
             made: list[str] = []
             try:

@@ -243,6 +243,7 @@ class Snapshots:
             )
             for what in ("memory_mib", "vcpus"):
                 _same(name, what, getattr(config.resources, what), getattr(theirs.resources, what))
+        if config.kernel_path or config.root_disk or config.disks:
             _same(name, "root disk", config.root_disk, theirs.root_disk)
             _same(name, "disks", config.disks, theirs.disks)
         return dataclasses.replace(

@@ -81,8 +81,9 @@ async def make_box(
 ) -> Box:
     """Find or start the box of a stage, or of the run if `stage` is empty."""
     async with phase("image"):
-        image = await context.peers.resolve_guest_image(machine)
-        disk = None
+        disk = image = None
+        if not machine.snapshot:  # which has all of that in it
+            image = await context.peers.resolve_guest_image(machine)
         if machine.image:
 
             async def tell(progress: r.Progress) -> None:
@@ -101,7 +102,12 @@ async def make_box(
 
 
 async def _create(
-    context: RunContext, stage: str, box_id: str, machine: Machine, image: GuestImage, disk: RootDisk | None
+    context: RunContext,
+    stage: str,
+    box_id: str,
+    machine: Machine,
+    image: GuestImage | None,
+    disk: RootDisk | None,
 ) -> BoxInfo:
     """Start a box; while other boxes of ours have the host's memory, wait for them to end."""
     delay, told = 0.25, False

@@ -223,17 +223,15 @@ class Peers:
         self,
         box_id: str,
         machine: Machine,
-        image: GuestImage,
+        image: GuestImage | None,
         disk: RootDisk | None,
         labels: Mapping[str, str],
     ) -> BoxInfo:
-        """Start a box, and return once its agent answers. Idempotent by `box_id`."""
+        """Start a box, and return once its agent answers. Idempotent by `box_id`.
+
+        Without a guest image it starts from the machine's snapshot, whose resources it has.
+        """
         config = hypervisor_pb2.BoxConfig(
-            kernel_path=image.kernel,
-            initramfs_path=image.initramfs,
-            resources=common_pb2.Resources(
-                memory_mib=machine.memory_mib, vcpus=machine.vcpus, disk_mib=machine.disk_mib
-            ),
             mounts=[mount_to_proto(mount) for mount in machine.mounts],
             env=machine.env,
             labels=labels,
@@ -242,6 +240,13 @@ class Peers:
         for volume in machine.volumes:
             await self._make_volume(volume)
             config.disks.add(volume=volume.name, guest_path=volume.guest, writable=True)
+        if image is not None:
+            config.kernel_path, config.initramfs_path = image.kernel, image.initramfs
+            config.resources.memory_mib = machine.memory_mib
+            config.resources.vcpus = machine.vcpus
+            config.resources.disk_mib = machine.disk_mib
+        else:
+            config.snapshot = machine.snapshot
         if disk is not None:
             config.root_disk.base_path = disk.path
             config.root_disk.base_digest.value = disk.digest

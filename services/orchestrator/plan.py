@@ -48,6 +48,7 @@ class Machine:
     initramfs: str = ""
     guest_image: str = ""
     image: str = ""
+    snapshot: str = ""
     memory_mib: int = 1024
     vcpus: int = 1
     disk_mib: int = 0
@@ -198,6 +199,7 @@ def _machine(sandbox: Sandbox, box: BoxSandbox, extra: tuple[Mount, ...]) -> Mac
         initramfs=sandbox.initramfs or "",
         guest_image=sandbox.guest_image or "",
         image=box.image or sandbox.image or "",
+        snapshot=box.snapshot or sandbox.snapshot or "",
         memory_mib=box.memory_mb or sandbox.memory_mb,
         vcpus=box.vcpus or sandbox.vcpus,
         disk_mib=box.disk_mb or sandbox.disk_mb or 0,

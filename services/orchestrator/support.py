@@ -39,7 +39,8 @@ def check_supported(spec: Spec) -> None:
 def _wishes(spec: Spec) -> Iterator[str]:
     if spec.sandbox.mode is SandboxMode.MOCK:
         yield "sandbox.mode: mock runs no machine, which this version does not offer; use auto"
-    yield from _network("sandbox", spec.sandbox.network, spec.sandbox.snapshot)
+    yield from _network("sandbox", spec.sandbox.network)
+    yield from _snapshot("sandbox", spec.sandbox.snapshot, spec.sandbox.image)
     if spec.observe is not None and spec.observe != Observe():
         yield "observe: telemetry export is not in this version; remove the block"
     if spec.llm is not None and spec.agent is None and spec.pipeline is None:
@@ -50,11 +51,14 @@ def _wishes(spec: Spec) -> Iterator[str]:
         yield from _box(spec, box, f"pipeline.boxes[{at}]")
 
 
-def _network(place: str, network: bool | None, snapshot: str | None) -> Iterator[str]:
+def _network(place: str, network: bool | None) -> Iterator[str]:
     if network:
         yield f"{place}.network: boxes have no network in this version; remove it"
-    if snapshot:
-        yield f"{place}.snapshot: starting from a snapshot is not in this version; remove it"
+
+
+def _snapshot(place: str, snapshot: str | None, image: str | None) -> Iterator[str]:
+    if snapshot and image:
+        yield f"{place}.snapshot: a snapshot has a root of its own; remove it or {place}.image"
 
 
 def _agent(spec: Spec, agent: Agent) -> Iterator[str]:
@@ -70,7 +74,9 @@ def _agent(spec: Spec, agent: Agent) -> Iterator[str]:
 
 
 def _box(spec: Spec, box: Box, place: str) -> Iterator[str]:
-    yield from _network(f"{place}.sandbox", box.sandbox.network, box.sandbox.snapshot)
+    yield from _network(f"{place}.sandbox", box.sandbox.network)
+    snapshot = box.sandbox.snapshot or spec.sandbox.snapshot
+    yield from _snapshot(f"{place}.sandbox", snapshot, box.sandbox.image or spec.sandbox.image)
     if box.run is None:
         yield from _llm(f"{place}.llm" if box.llm else "llm", box.llm or spec.llm)
         yield from _skills(place, box.skills)

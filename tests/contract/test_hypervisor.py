@@ -265,7 +265,7 @@ async def fork(service: Harness) -> None:
         ("one", "fork", pb.BOX_STATE_RUNNING),
         ("two", "fork", pb.BOX_STATE_RUNNING),
     ]
-    assert answer.boxes[0].config.labels == {"a": "1"}
+    assert answer.boxes[0].config.labels == {}
     assert answer.pause.ToNanoseconds() > 0
     parent, one, two = (service.driver.machines[name].guest for name in ("b", "one", "two"))
     assert (parent.frozen, one.frozen, two.frozen) == ([True, False], [False], [False])

@@ -806,7 +806,12 @@ async def test_create_is_idempotent_by_run_id(harness: Harness) -> None:
         (agent() | {"llm": {"provider": "codex"}}, {}, "NOT_IN_THIS_VERSION", "codex needs network egress"),
         (agent() | {"llm": None}, {}, "NOT_IN_THIS_VERSION", "claude (the default) needs network"),
         (agent() | {"sandbox": {"network": True}}, {}, "NOT_IN_THIS_VERSION", "sandbox.network"),
-        (agent() | {"sandbox": {"snapshot": "x"}}, {}, "NOT_IN_THIS_VERSION", "sandbox.snapshot"),
+        (
+            agent() | {"sandbox": {"snapshot": "x", "image": "y"}},
+            {},
+            "NOT_IN_THIS_VERSION",
+            "sandbox.snapshot",
+        ),
         (agent() | {"sandbox": {"mode": "mock"}}, {}, "NOT_IN_THIS_VERSION", "sandbox.mode"),
         (agent() | {"observe": {"traces": True}}, {}, "NOT_IN_THIS_VERSION", "observe"),
         (agent(mode="interactive"), {}, "NOT_IN_THIS_VERSION", "agent.mode"),

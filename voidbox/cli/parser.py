@@ -176,6 +176,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     remove.add_argument("-f", "--force", action="store_true", help="stop running ones; ignore unknown ones")
     _add_machine(add)
     _add_volume(add("volume", "Manage named disks that outlive boxes."), shared)
+    _add_saved(add, shared)
     _add_image(add("image", "Manage images and the guest image."), shared)
     add("doctor", "Check whether this host can run boxes, and say what to do if not.")
     add("up", "Start the embedded stack and wait until it answers.")
@@ -278,6 +279,51 @@ def _add_volume(volume: Parser, shared: list[Parser]) -> None:
     add("ls", "List volumes.")
     remove = add("rm", "Remove volumes and all that is in them.")
     remove.add_argument("names", nargs="+", metavar="NAME", help="a volume that no box uses")
+
+
+def _add_saved(add: Callable[[str, str], Parser], shared: list[Parser]) -> None:
+    box = "a box id, RUN or RUN/STAGE"
+
+    def group(name: str, text: str) -> Callable[[str, str], Parser]:
+        commands = add(name, text).add_subparsers(
+            dest=f"{name}_command", metavar="COMMAND", required=True, parser_class=Parser, help="what to do"
+        )
+        return lambda word, what: commands.add_parser(word, help=what, description=what, parents=shared)
+
+    template = group("template", "Manage the saved machines that boxes are restored from.")
+    build = template("build", "Boot and save a machine, so that the first box need not.")
+    build.add_argument("--memory-mb", type=_positive, metavar="N", help="memory of the boxes (1024)")
+    build.add_argument("--vcpus", type=_positive, metavar="N", help="processors of the boxes (1)")
+    build.add_argument("--kernel", metavar="FILE", help="kernel instead of the default guest image's")
+    build.add_argument("--initramfs", metavar="FILE", help="initramfs instead of the default guest image's")
+    template("ls", "List templates.")
+    template("rm", "Remove templates; boxes go on.").add_argument(
+        "templates", nargs="+", metavar="TEMPLATE", help="id of a template"
+    )
+    snapshot = group("snapshot", "Save running boxes by name, and start boxes from them.")
+    create = snapshot("create", "Save a running box; it goes on.")
+    create.add_argument("box", metavar="BOX", help=box)
+    create.add_argument("name", metavar="NAME", help="name of the snapshot: 1 to 63 of [a-z0-9-]")
+    snapshot("ls", "List snapshots.")
+    snapshot("rm", "Remove snapshots; boxes go on.").add_argument(
+        "snapshots", nargs="+", metavar="NAME", help="name of a snapshot"
+    )
+    restore = snapshot("restore", "Start a box from a snapshot.")
+    restore.add_argument("name", metavar="NAME", help="name of the snapshot")
+    restore.add_argument("--box-id", metavar="ID", help="id of the box (made up if not given)")
+    fork = add("fork", "Make copies of a running box, whose programs go on in each.")
+    fork.add_argument("box", metavar="BOX", help=box)
+    fork.add_argument("--count", "-n", type=_positive, default=1, metavar="N", help="how many (1)")
+    fork.add_argument("--name", action="append", metavar="ID", help="id of a copy; once for each")
+    for command in (create, fork):
+        command.add_argument(
+            "--allow-secrets", action="store_true", help="also if the box holds secrets, which are copied"
+        )
+    boxes = group("box", "List and remove boxes, also those of no run.")
+    boxes("ls", "List boxes.")
+    remove = boxes("rm", "End and remove boxes.")
+    remove.add_argument("boxes", nargs="+", metavar="BOX", help=box)
+    remove.add_argument("-f", "--force", action="store_true", help="kill instead of asking first")
 
 
 def _add_image(image: Parser, shared: list[Parser]) -> None:

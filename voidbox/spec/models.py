@@ -172,7 +172,11 @@ class Sandbox:
     guest_image: str | None = key(
         "OCI image that carries kernel and initramfs; empty: never pull one.", default=None
     )
-    snapshot: str | None = key("Snapshot to start from instead of booting; empty: none.", default=None)
+    snapshot: str | None = key(
+        "Snapshot to start from; its memory, processors, kernel and root disk count instead of those given "
+        "here. Empty: none.",
+        default=None,
+    )
     limits: Limits = key("What the programs of the box may take.", default_factory=Limits)
     allowed_commands: tuple[str, ...] = key(
         "What programs, and all that they start, may execute: names on PATH, absolute paths of programs, or "
