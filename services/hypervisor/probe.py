@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.errors import InvalidInput, VoidboxError, WrongState
 from services.common.process import clean_env
-from services.hypervisor import inputs, programs, record
+from services.hypervisor import host_confinement, inputs, programs, record
 from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, Transport
 from services.hypervisor.pidfd import host_boot_id
 from services.hypervisor.programs import Programs
+
+log = logging.getLogger(__name__)
 
 KVM = "/dev/kvm"
 VHOST_VSOCK = "/dev/vhost-vsock"
@@ -63,7 +67,11 @@ class Prober:
             WrongState: they are missing or too old; asked again each time.
         """
         if self._programs is None or not os.path.exists(self._programs.system):
-            self._programs = await programs.find(self._system, self._image)
+            found = await programs.find(self._system, self._image)
+            confinement = await host_confinement.find(found.system, self._identity.uid)
+            if not confinement.whole:
+                log.warning("machines are not wholly confined on this host: %s", confinement.detail)
+            self._programs = dataclasses.replace(found, confinement=confinement)
         return self._programs
 
     def forget(self) -> None:
@@ -188,6 +196,14 @@ class Prober:
             detail = f"{VHOST_VSOCK}: {error.strerror}; voidbox's own device is used instead"
             return ProbeResult(name="vhost-vsock", usable=False, detail=detail)
         return ProbeResult(name="vhost-vsock", usable=True, detail=f"{VHOST_VSOCK} can be opened")
+
+    async def confinement(self) -> ProbeResult:
+        """What machines are confined by, with what the host denies."""
+        try:
+            found = (await self.programs()).confinement
+        except VoidboxError as error:
+            return ProbeResult(name="confinement", usable=False, detail=error.message)
+        return ProbeResult(name="confinement", usable=found.whole, detail=found.detail)
 
     async def qemu(self) -> ProbeResult:
         """Whether QEMU is installed."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.common import process
 from services.common.errors import WrongState
+from services.hypervisor.host_confinement import HostConfinement
 
 INSTALL = "sudo apt-get install -y qemu-system-x86 qemu-utils"
 MINIMUM = (7, 2)
@@ -18,11 +19,12 @@ _VERSION_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
-    """The programs, as absolute paths, and QEMU's version."""
+    """The programs, as absolute paths, QEMU's version, and what it can be confined by."""
 
     system: str
     image: str
     version: str
+    confinement: HostConfinement = field(default_factory=HostConfinement)
 
 
 async def find(system: str = "qemu-system-x86_64", image: str = "qemu-img") -> Programs:

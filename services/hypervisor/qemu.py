@@ -232,6 +232,10 @@ class QemuMachine:
             gid=plan.identity.gid if drop else None,
             groups=_accelerator_groups(plan.accelerator) if drop else (),
             pass_fds=tuple(pass_fds),
+            writable_fds=_writable_fds(plan, disks, memory_fd),
+            devices=(KVM,) if plan.accelerator is Accelerator.KVM else (),
+            namespaces=programs.confinement.namespaces,
+            landlock=programs.confinement.landlock,
             cid=plan.cid,
             transport="vhost-user" if plan.transport is Transport.VHOST_USER else "vhost-vsock",
             vhost_listen_fd=vhost_listen,
@@ -512,6 +516,14 @@ def _disk_devices(plan: MachinePlan) -> tuple[DiskDevice, ...]:
             zip(all_disks(plan.config), plan.disk_fds, strict=True)
         )
     )
+
+
+def _writable_fds(plan: MachinePlan, disks: tuple[DiskDevice, ...], memory_fd: int | None) -> tuple[int, ...]:
+    """What QEMU may open anew for writing: its layers, its RAM, and what is shared for writing."""
+    found = [disk.overlay_fd for disk in disks if disk.overlay_fd is not None]
+    found += [fd for share, fd in zip(plan.config.mounts, plan.mount_fds, strict=True)
+              if share.mode is MountMode.READ_WRITE]  # fmt: skip
+    return (*found, *((memory_fd,) if memory_fd is not None else ()))
 
 
 def _share_devices(plan: MachinePlan) -> tuple[ShareDevice, ...]:

@@ -1,4 +1,4 @@
-"""One box's own process: it becomes unprivileged, starts QEMU, and serves the guest's vsock, confined.
+"""One box's own process: it starts QEMU, becomes unprivileged, and serves the guest's vsock; both confined.
 
 `python -m services.hypervisor.shim --config-fd N` reads a `ShimConfig` from descriptor N to its end.
 It must be started in a session of its own and outlives whoever started it. What holds:
@@ -28,7 +28,7 @@ import time
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from services.hypervisor import console_ring, seccomp
+from services.hypervisor import confine, console_ring, seccomp
 from services.hypervisor.shim_config import (
     MAX_CONFIG_BYTES,
     STATS,
@@ -157,14 +157,13 @@ class Shim:
                 os.set_inheritable(fd, False)
             except OSError as error:
                 raise SetupFailed(f"descriptor {fd} is not open") from error
-        if config.uid is not None and config.gid is not None:
-            if os.geteuid() == 0:
-                os.setgroups(config.groups)
-                os.setresgid(config.gid, config.gid, config.gid)
-                os.setresuid(config.uid, config.uid, config.uid)
-            if (config.uid,) * 3 != os.getresuid() or (config.gid,) * 3 != os.getresgid():
-                raise SetupFailed(f"only root can become uid {config.uid} and gid {config.gid}")
-        if os.geteuid() == 0:
+        if config.uid is not None and os.geteuid() not in (0, config.uid):
+            raise SetupFailed(f"only root can become uid {config.uid} and gid {config.gid}")
+        try:
+            confine.unshare(config.namespaces)
+        except OSError as error:
+            raise SetupFailed(f"cannot make the machine's namespaces: {error}") from error
+        if (os.geteuid() if config.uid is None else config.uid) == 0:
             self._log("runs as root: the machine's process is not separated from the host's root user")
         seccomp.no_new_privileges()
         # No other process of this user may read or trace the shim. QEMU gets its own flag at exec.
@@ -185,15 +184,17 @@ class Shim:
         """
         config = self._config
         failure, report = os.pipe()  # closed by exec; holds a line if exec failed
-        parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
-            _become_machine(config, parent, report)
+            os.close(failure)
+            _become_machine(config, report)
         os.close(report)
         with open(failure, "rb", closefd=True) as pipe:
             problem = pipe.read(4096)
         if problem:
             raise SetupFailed(problem.decode(errors="replace"))
+        # Only now: its own root and user were for QEMU's process to take on.
+        confine.drop_privileges(config.uid, config.gid, config.groups)
         self._pidfd = os.pidfd_open(self._pid)
         for fd in config.pass_fds:
             os.close(fd)
@@ -367,15 +368,12 @@ def _note(_number: int, _frame: FrameType | None) -> None:
     """The wakeup descriptor carries the news; Python only needs a handler to be set."""
 
 
-def _become_machine(config: ShimConfig, parent: int, report: int) -> NoReturn:
+def _become_machine(config: ShimConfig, report: int) -> NoReturn:
     """In the child: keep only what QEMU is to have, and become it."""
     try:
         signal.set_wakeup_fd(-1)
         for number in _CHANGED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        seccomp.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(EXIT_FAILED)
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         files = QEMU_FILES if hard == resource.RLIM_INFINITY else min(QEMU_FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -384,11 +382,27 @@ def _become_machine(config: ShimConfig, parent: int, report: int) -> NoReturn:
         keep = sorted({0, 1, 2, report, *config.pass_fds})
         for low, high in zip(keep, [*keep[1:], 1 << 20], strict=True):
             os.closerange(low + 1, high)
-        os.execve(config.argv[0], config.argv, dict(config.env))  # noqa: S606
+        program = config.argv[0]
+        if config.namespaces:
+            confine.change_root(program, config.pass_fds, config.writable_fds, config.devices)
+        confine.drop_privileges(config.uid, config.gid, config.groups)
+        if config.landlock:
+            confine.restrict(program, config.pass_fds, config.writable_fds, config.devices)
+        # Last: a change of user takes it back. A parent that had died before is told by its pipe.
+        seccomp.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if _reader_gone(report):
+            os._exit(EXIT_FAILED)
+        os.execve(program, config.argv, dict(config.env))  # noqa: S606
     except BaseException as error:
         os.write(report, f"cannot start {config.argv[0]}: {error}".encode()[:4096])
     finally:
         os._exit(127)
+
+
+def _reader_gone(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return bool(poll.poll(0))
 
 
 def _where(trace: TracebackType | None) -> str:

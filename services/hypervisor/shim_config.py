@@ -1,6 +1,6 @@
 """What the hypervisor tells a box's shim, and what the shim leaves behind; JSON both ways.
 
-Imports only the standard library: the shim starts with it.
+Imports little: the shim starts with it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+from services.hypervisor.confine import Namespaces
 
 MAX_CONFIG_BYTES = 1 << 20
 STATS = struct.Struct("<QQ")
@@ -38,6 +40,10 @@ class ShimConfig:
         gid: Group to become; given exactly if `uid` is.
         groups: Supplementary groups to keep then (the one that may open `/dev/kvm`).
         pass_fds: What QEMU inherits, under the same numbers.
+        writable_fds: Those of them that it may open again for writing, or write below.
+        devices: Device files that it opens by path, besides /dev/null and /dev/urandom.
+        namespaces: Who makes it namespaces of its own, see `confine.Namespaces`.
+        landlock: Whether Landlock restricts it to these files.
         cid: The guest's vsock address.
         transport: `vhost-user` if the shim is the device, `vhost-vsock` if the kernel is.
         vhost_listen_fd: Listening unix socket that QEMU's chardev connects to (`vhost-user` only).
@@ -57,6 +63,10 @@ class ShimConfig:
     gid: int | None = None
     groups: tuple[int, ...] = ()
     pass_fds: tuple[int, ...] = ()
+    writable_fds: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()
+    namespaces: Namespaces = ""
+    landlock: bool = False
     cid: int
     transport: Transport = "vhost-user"
     vhost_listen_fd: int | None = None
@@ -88,6 +98,12 @@ class ShimConfig:
         _check_numbers("descriptors", used, 3, 1 << 20)
         if len(set(used)) != len(used):
             raise ConfigInvalid(f"a descriptor is named twice: {sorted(used)}")
+        if not set(self.writable_fds) <= set(self.pass_fds):
+            raise ConfigInvalid("writable_fds names a descriptor that QEMU does not inherit")
+        if self.namespaces not in ("", "root", "user") or not isinstance(self.landlock, bool):
+            raise ConfigInvalid(f"namespaces is {self.namespaces!r}, landlock {self.landlock!r}")
+        if not all(isinstance(path, str) and path.startswith("/dev/") for path in self.devices):
+            raise ConfigInvalid("devices is not a list of paths below /dev")
         for name in ("term_seconds", "connect_seconds"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 3600:
@@ -126,7 +142,7 @@ class ShimConfig:
         unknown = content.keys() - {each.name for each in fields(cls)}
         if unknown:
             raise ConfigInvalid(f"unknown field {min(unknown)!r}")
-        for name in ("argv", "groups", "pass_fds"):
+        for name in ("argv", "groups", "pass_fds", "writable_fds", "devices"):
             if name in content:
                 if not isinstance(content[name], list):
                     raise ConfigInvalid(f"{name} is not a list")

@@ -76,6 +76,22 @@ async def test_the_machine_runs_without_privileges(client: Client, shared_box: s
     assert status["NoNewPrivs"] == "1"
     assert int(status["CapEff"], 16) == 0
     assert status["Seccomp"] == "2"
+    assert int(status["CapBnd"], 16) == 0
+
+
+async def test_the_machine_sees_a_host_of_its_own(client: Client, shared_box: str) -> None:
+    box = await client.get(shared_box)
+    told = await client.hypervisor.GetCapabilities(pb.GetCapabilitiesRequest())
+    [probe] = [probe for probe in told.probes if probe.name == "confinement"]
+    assert probe.usable, probe.detail
+    for kind in ("net", "mnt", "pid", "ipc", "uts"):
+        assert os.readlink(f"/proc/{box.vmm_pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+    seen = {entry.name for entry in Path(f"/proc/{box.vmm_pid}/root").iterdir()}
+    assert seen <= {"usr", "lib", "lib32", "lib64", "bin", "nix", "etc", "dev", "proc"}
+    devices = {entry.name for entry in Path(f"/proc/{box.vmm_pid}/root/dev").iterdir()}
+    assert devices <= {"null", "zero", "random", "urandom", "fd", "kvm"}
+    lines = Path(f"/proc/{box.vmm_pid}/net/dev").read_text().splitlines()
+    assert [line.split(":")[0].strip() for line in lines[2:]] == ["lo"]
 
 
 async def test_calls_without_a_box_or_with_an_unknown_one_are_refused(client: Client) -> None:
@@ -136,7 +152,7 @@ async def test_stats_and_capabilities_are_measured(client: Client, shared_box: s
     assert told.accelerator in (pb.ACCELERATOR_TCG, pb.ACCELERATOR_KVM)
     assert told.security_boundary == (told.accelerator == pb.ACCELERATOR_KVM)
     assert 0 < told.available_memory_mib < told.host_memory_mib
-    assert {"qemu", "kvm", "tcg", "vhost-vsock"} == {probe.name for probe in told.probes}
+    assert {"qemu", "kvm", "tcg", "vhost-vsock", "confinement"} == {probe.name for probe in told.probes}
     assert all(probe.detail for probe in told.probes)
 
 
