@@ -22,7 +22,7 @@ from services.common.errors import Corrupt, InvalidInput, NotFound, TimedOut, Un
 from services.common.process import CommandFailed, run
 from services.imager.agent_packages import AgentPackage
 from services.imager.cache import COLLECT_LOCK, ImageCache
-from services.imager.disk import Disk, disk_seeds
+from services.imager.disk import Disk, content_digest, disk_seeds
 from services.imager.ext4 import WRITER_VERSION, Ext4Writer, ImageSize
 from services.imager.layers import LayerMerger, LayerSource
 from services.imager.limits import Cancel, Limits
@@ -152,8 +152,7 @@ class AgentStore:
             report(Progress(subject=name, action="convert", done=0, total=1))
             with self._cache.writing(self._path(key)) as file:
                 made = _write(file, key, source, package, self._limits, cancel)
-                file.flush()
-                content = _file_digest(file, cancel)
+                content = content_digest(file, cancel)
         report(Progress(subject=name, action="convert", done=1, total=1))
         record: dict[str, Any] = {
             "agent": package.agent,
@@ -231,15 +230,6 @@ def _descend(node: Node, path: str, package: AgentPackage) -> Node:
             raise Corrupt(f"{package.name}@{package.version} holds no {path}", reason="BAD_PACKAGE")
         node = child
     return node
-
-
-def _file_digest(file: BinaryIO, cancel: Cancel) -> str:
-    digest, at = hashlib.sha256(), 0
-    while data := os.pread(file.fileno(), _CHUNK, at):
-        cancel.check()
-        digest.update(data)
-        at += len(data)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _run_in_thread(argv: list[str], cwd: Path, env: Mapping[str, str], cancel: Cancel) -> None:

@@ -18,6 +18,7 @@ from services.imager.limits import MIB, Cancel, Limits
 from services.imager.progress import Progress, Report, silent
 
 DEFAULT_FREE_MIB: Final = 1024
+_CHUNK: Final = 1 << 20
 _REPORT_BYTES: Final = 2 * MIB
 
 
@@ -165,6 +166,17 @@ def write_disk(
     size = writer.finish(merger.tree, free_bytes=free_bytes, read_only=read_only)
     report(Progress(subject="disk", action="finish", done=1, total=1))
     return size
+
+
+def content_digest(file: BinaryIO, cancel: Cancel) -> str:
+    """`sha256:<hex>` of all that is in `file`, wherever it is positioned."""
+    file.flush()
+    digest, at = hashlib.sha256(), 0
+    while data := os.pread(file.fileno(), _CHUNK, at):
+        cancel.check()
+        digest.update(data)
+        at += len(data)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _progress(layer: LayerBlob, done: int) -> Progress:

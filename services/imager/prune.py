@@ -78,20 +78,24 @@ class Housekeeper:
                 removed.append(image.reference)
                 kept = rest
                 freed += self._collect(kept)
-            for path, name in self._agents():
+            for path, name in self._standalone():
                 old = older_than_seconds is not None and now - path.stat().st_mtime > older_than_seconds
                 if (old or (max_size_bytes and self._total() > max_size_bytes)) and not in_use(path):
                     removed.append(name)
                     freed += _remove(path) + _remove(path.with_suffix(".json"))
         return removed, freed
 
-    def _agents(self) -> list[tuple[Path, str]]:
-        """The disks of agents with names for people, the least recently used first."""
+    def _standalone(self) -> list[tuple[Path, str]]:
+        """Disks of agents and directories with names for people, the least recently used first."""
         found = []
-        for path in (self._cache.root / "agents").glob("*.ext4"):
-            record = self._cache.read_record("agents", path.stem) or {}
-            found.append((path, f"agent {record.get('agent', '?')} {record.get('agent_version', '?')}"))
-        return sorted(found, key=lambda item: item[0].stat().st_mtime)
+        for key in self._cache.record_keys("agents"):
+            record = self._cache.read_record("agents", key) or {}
+            name = f"agent {record.get('agent', '?')} {record.get('agent_version', '?')}"
+            found.append((self._cache.root / "agents" / f"{key}.ext4", name))
+        for key in self._cache.record_keys("disks"):
+            if "contents" in (self._cache.read_record("disks", key) or {}):
+                found.append((self._cache.root / "disks" / f"{key}.ext4", f"directory sha256:{key}"))
+        return sorted((item for item in found if item[0].exists()), key=lambda item: item[0].stat().st_mtime)
 
     def _disks_only_of(self, doomed: list[CachedImage], kept: list[CachedImage]) -> list[Path]:
         chains = {image.config.diff_ids for image in doomed} - {image.config.diff_ids for image in kept}
@@ -112,15 +116,14 @@ class Housekeeper:
         for path in (self._cache.root / "locks").glob("*-*"):
             path.unlink(missing_ok=True)  # nobody holds it: each holder of one holds the collect lock too
         chains = {image.config.diff_ids for image in kept}
-        for path in (self._cache.root / "disks").glob("*.ext4"):
-            record = self._cache.read_record("disks", path.stem) or {}
-            old = record.get("writer") != WRITER_VERSION  # nobody will ask for it
-            if (old or tuple(record.get("diff_ids", ())) not in chains) and not in_use(path):
-                freed += _remove(path) + _remove(path.with_suffix(".json"))
-        for path, _ in self._agents():
-            record = self._cache.read_record("agents", path.stem) or {}
-            if record.get("writer") != WRITER_VERSION and not in_use(path):
-                freed += _remove(path) + _remove(path.with_suffix(".json"))
+        for kind in ("disks", "agents"):
+            for path in (self._cache.root / kind).glob("*.ext4"):
+                record = self._cache.read_record(kind, path.stem) or {}
+                old = record.get("writer") != WRITER_VERSION  # nobody will ask for it
+                bound = kind == "disks" and "contents" not in record
+                lost = bound and tuple(record.get("diff_ids", ())) not in chains
+                if (old or lost) and not in_use(path):
+                    freed += _remove(path) + _remove(path.with_suffix(".json"))
         return freed
 
     def _total(self) -> int:

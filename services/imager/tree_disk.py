@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Final
 
 from services.common.errors import Exhausted, InvalidInput, NotFound
 from services.imager.cache import ImageCache
-from services.imager.disk import Disk, disk_seeds, find_disk
+from services.imager.disk import Disk, content_digest, disk_seeds, find_disk
 from services.imager.ext4 import WRITER_VERSION, Ext4Writer, ImageSize
 from services.imager.layers import BLOCK_SIZE, MAX_FILE_BYTES, MAX_LINK_TARGET
 from services.imager.limits import Cancel, Limits
@@ -71,6 +71,7 @@ def build_tree_disk(
         path = cache.root / "disks" / f"{key}.ext4"
         with cache.writing(path) as file:
             size = write_tree_disk(file, root, key, owner=owner, limits=limits, cancel=cancel)
+            digest = content_digest(file, cancel)
             again = hashlib.sha256()
             for item in _scan(root, limits):
                 _digest(again, item, root, cancel)
@@ -78,6 +79,7 @@ def build_tree_disk(
                 raise InvalidInput(f"{root} changed while it was read; try again", reason="TREE_CHANGED")
         record: dict[str, Any] = {
             "contents": contents.hexdigest(),
+            "digest": digest,
             "inodes": size.inodes,
             "size_bytes": size.size_bytes,
             "used_bytes": size.used_bytes,

@@ -1,7 +1,7 @@
 """Reads what is cached and compares it with its names: layers, disks, guest images, disks of agents.
 
-A disk has no digest of its own: it is named by the layers it was made of. Since the writer gives
-the same bytes for the same layers, it is written once more and compared.
+The disk of an image has no digest of its own: it is named by the layers it was made of. Since the
+writer gives the same bytes for the same layers, it is written once more and compared.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Verifier:
                 yield from self._disks(image, cancel)
         if not reference:
             yield from self._guest_images()
-            yield from self._agents(cancel)
+            yield from self._hashed(cancel)
 
     def _digests(self, images: list[CachedImage] | None) -> list[str]:
         if images is None:
@@ -108,14 +108,18 @@ class Verifier:
             record = self._images.read_record("disks", key) or {}
             free_mib = record.get("free_mib")
             path = self._images.root / "disks" / f"{key}.ext4"
-            if not isinstance(free_mib, int) or key != disk_key(image.config.diff_ids, free_mib):
-                continue  # of other layers, or by an older writer: nobody will use it
-            if not path.exists():
+            if not isinstance(free_mib, int) or not path.exists():
                 continue
+            kinds = {
+                disk_key(image.config.diff_ids, free_mib, read_only=read_only): read_only
+                for read_only in (False, True)
+            }
+            if key not in kinds:
+                continue  # of other layers, or by an older writer: nobody will use it
             with self._images.scratch() as fresh:
                 write_disk(
-                    fresh, self._images, image.layers, key, free_bytes=free_mib * MIB, limits=self._limits,
-                    cancel=cancel, report=silent,
+                    fresh, self._images, image.layers, key, free_bytes=free_mib * MIB, read_only=kinds[key],
+                    limits=self._limits, cancel=cancel, report=silent,
                 )  # fmt: skip
                 same = _same(path, fresh, cancel)
             yield None if same else Damage(kind="disk", digest=f"sha256:{key}", path=path)
@@ -129,12 +133,15 @@ class Verifier:
             else:
                 yield None
 
-    def _agents(self, cancel: Cancel) -> Iterator[Damage | None]:
-        for key in self._images.record_keys("agents"):
-            record = self._images.read_record("agents", key) or {}
-            path = self._images.root / "agents" / f"{key}.ext4"
-            sound = _file_digest(path, cancel) == record.get("digest")
-            yield None if sound else Damage(kind="agent disk", digest=f"sha256:{key}", path=path)
+    def _hashed(self, cancel: Cancel) -> Iterator[Damage | None]:
+        """Disks of agents and directories, whose records hold a digest."""
+        for directory, kind in (("agents", "agent disk"), ("disks", "disk")):
+            for key in self._images.record_keys(directory):
+                record = self._images.read_record(directory, key) or {}
+                path = self._images.root / directory / f"{key}.ext4"
+                if "digest" in record and path.exists():
+                    sound = _file_digest(path, cancel) == record["digest"]
+                    yield None if sound else Damage(kind=kind, digest=f"sha256:{key}", path=path)
 
 
 def _one_per_chain(images: list[CachedImage]) -> list[CachedImage]:

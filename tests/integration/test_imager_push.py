@@ -244,12 +244,12 @@ def test_a_refusal_is_told_in_the_registrys_own_words(tmp_path: Path) -> None:
 # --- guest images --------------------------------------------------------------------------------
 
 
-def guest_at(cache: Path, machine: int = 62, filling: int = 1) -> str:
+def guest_at(cache: Path, machine: int = 62, filling: int = 1, size: int = 1000) -> str:
     """A guest image whose kernel says that it is for `machine`; its digest."""
     made = cache / "guest" / "made"
     made.mkdir(parents=True)
     (made / "vmlinux").write_bytes(b"\x7fELF".ljust(18, b"\0") + struct.pack("<H", machine) + bytes(100_000))
-    (made / "initramfs.cpio").write_bytes(bytes([filling]) * 50_000 + os.urandom(1000))
+    (made / "initramfs.cpio").write_bytes(bytes([filling]) * 50_000 + os.urandom(size))
     parts = {
         name: {"sha256": file_sha256(made / file), "size": (made / file).stat().st_size}
         for name, file in (("kernel", "vmlinux"), ("initramfs", "initramfs.cpio"))

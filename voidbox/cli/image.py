@@ -168,7 +168,9 @@ async def _remove(context: Context, client: Client) -> None:
 
 
 async def _prune(context: Context, client: Client) -> None:
-    request = pb.PruneImagesRequest(max_size_bytes=(context.args.max_size_mb or 0) * 1024 * 1024)
+    request = pb.PruneImagesRequest(
+        max_size_bytes=context.args.max_size or (context.args.max_size_mb or 0) << 20
+    )
     if context.args.older_than:
         request.older_than.FromNanoseconds(int(context.args.older_than * 1e9))
     with rpc_errors():

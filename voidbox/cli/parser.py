@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -353,10 +354,13 @@ def _add_image(image: Parser, shared: list[Parser]) -> None:
     remove = add("rm", "Remove cached images.")
     remove.add_argument("references", nargs="+", metavar="REF", help="reference or digest")
     prune = add("prune", "Remove images that are not used.")
-    prune.add_argument("--older-than", type=_seconds, metavar="S", help="not used for this many seconds")
     prune.add_argument(
-        "--max-size-mb", type=_count, metavar="N", help="remove the oldest until the cache fits"
+        "--older-than", type=_age, metavar="TIME", help="not used for so long: seconds, or 90m, 12h, 30d"
     )
+    prune.add_argument(
+        "--max-size", type=_bytes, metavar="SIZE", help="remove the oldest until the cache fits: 500M, 20G"
+    )
+    prune.add_argument("--max-size-mb", type=_count, metavar="N", help="the same in MiB")
     verify = add("verify", "Compare cached content with its digests; exits with 4 if any is damaged.")
     verify.add_argument(
         "reference", metavar="REF", nargs="?", help="one image with its disks; everything if left out"
@@ -390,6 +394,26 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or int(text) >= 1 << 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+    match = re.fullmatch(r"([0-9]{1,15})([kmgt]?)(?:i?b)?", text, re.IGNORECASE)
+    value = int(match[1]) * units[match[2].lower()] if match else 0
+    if not 0 < value < 1 << 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size above 0, such as 500M or 20G")
+    return value
+
+
+def _age(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+    unit = units.get(text[-1:], 0)
+    try:
+        return _seconds(text[:-1]) * unit if unit else _seconds(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time above 0: seconds, or a number with s, m, h, d or w"
+        ) from None
 
 
 def _seconds(text: str) -> float:

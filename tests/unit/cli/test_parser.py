@@ -144,3 +144,28 @@ complete_words voidbox exec -- --mem
     )
     done = subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["stop stats status", "--memory-mb", "human json", "pull push", ""]
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--max-size", "500M"], "max_size", 500 << 20),
+        (["--max-size", "20GiB"], "max_size", 20 << 30),
+        (["--max-size", "7"], "max_size", 7),
+        (["--older-than", "90"], "older_than", 90),
+        (["--older-than", "1.5h"], "older_than", 5400),
+        (["--older-than", "30d"], "older_than", 30 * 86400),
+    ],
+)
+def test_prune_takes_sizes_and_ages_as_people_write_them(words: list[str], name: str, value: float) -> None:
+    assert getattr(parse(["image", "prune", *words]), name) == value
+
+
+@pytest.mark.parametrize(
+    "words", [["--max-size", "0"], ["--max-size", "-1G"], ["--max-size", "lots"], ["--older-than", "d"],
+              ["--older-than", "0d"], ["--older-than", "1y"], ["--older-than", ""]]
+)  # fmt: skip
+def test_prune_refuses_what_is_no_size_or_age(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["image", "prune", *words])
+    assert caught.value.code == 2
