@@ -46,10 +46,15 @@ def policy_from(value: int) -> PullPolicy:
 
 
 def platform_from(message: imager_pb2.Platform) -> Platform:
-    """The platform, the host's where nothing is said."""
+    """The platform, the host's where nothing is said.
+
+    Raises:
+        InvalidInput: it is malformed, or none that boxes have.
+    """
     own = host_default()
     architecture = message.architecture or own.architecture
-    return Platform(os=message.os or own.os, architecture=architecture, variant=message.variant)
+    wanted = Platform(os=message.os or own.os, architecture=architecture, variant=message.variant)
+    return wanted.checked()
 
 
 def free_mib_from(value: int) -> int:

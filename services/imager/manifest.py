@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform as host_platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard
@@ -33,7 +34,19 @@ _LAYER_PREFIXES: Final = (
 _LAYER_SUFFIXES: Final = {"", "+gzip", ".gzip", "+zstd", ".zstd"}
 _MAX_MANIFESTS: Final = 4096
 _ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
-_DEFAULT_VARIANTS: Final = {"arm64": "v8", "arm": "v7"}
+# Names that builders and kernels use, in Go's words (containerd, platforms/database.go).
+_ALIASES: Final = {
+    "x86_64": ("amd64", ""),
+    "x86-64": ("amd64", ""),
+    "aarch64": ("arm64", ""),
+    "i386": ("386", ""),
+    "armhf": ("arm", "v7"),
+    "armel": ("arm", "v6"),
+}
+# What an empty variant means. A processor of one level runs programs for all lower ones.
+_USUAL_VARIANTS: Final = {"arm64": "v8", "arm": "v7", "amd64": "v1"}
+_LEVEL: Final = re.compile(r"v([0-9]{1,3})(?:\.([0-9]{1,3}))?", re.ASCII)
+_WORD: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +58,47 @@ class Platform:
     variant: str = ""
 
     def accepts(self, other: Platform) -> bool:
-        """Whether an image for `other` is one for this platform."""
-        if (self.os, self.architecture) != (other.os, other.architecture):
+        """Whether programs for `other` run on this platform."""
+        mine, theirs = self._normal(), other._normal()
+        if (mine.os, mine.architecture) != (theirs.os, theirs.architecture):
             return False
-        usual = _DEFAULT_VARIANTS.get(self.architecture, "")
-        return (self.variant or usual) == (other.variant or usual)
+        own, level = mine.level, theirs.level
+        return level <= own if own and level else mine.variant == theirs.variant
+
+    @property
+    def level(self) -> tuple[int, int]:
+        """The variant as numbers, larger for newer processors; () for what is no number."""
+        normal = self._normal()
+        usual = _USUAL_VARIANTS.get(normal.architecture)
+        found = _LEVEL.fullmatch(normal.variant or usual or "") if usual else None
+        return (int(found[1]), int(found[2] or 0)) if found else ()  # type: ignore[return-value]
+
+    def _normal(self) -> Platform:
+        architecture = self.architecture.lower()
+        architecture, implied = _ALIASES.get(architecture, (architecture, ""))
+        return Platform(
+            os=self.os.lower(), architecture=architecture, variant=self.variant.lower() or implied
+        )
+
+    def checked(self) -> Platform:
+        """Itself by its usual names.
+
+        Raises:
+            InvalidInput: a part is no name, or boxes cannot run such images.
+        """
+        for part in (self.os, self.architecture, *([self.variant] if self.variant else [])):
+            if not _WORD.fullmatch(part):
+                raise InvalidInput(
+                    f"{part[:100]!r} in a platform is not 1 to 64 letters, digits, '_', '.' or '-'; "
+                    "write e.g. linux/amd64 or linux/arm/v7",
+                    reason="BAD_PLATFORM",
+                )
+        normal = self._normal()
+        if normal.os != "linux":
+            raise InvalidInput(
+                f"images for {normal.os} do not run in boxes; use linux", reason="BAD_PLATFORM"
+            )
+        return normal
 
     def __str__(self) -> str:
         return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
@@ -171,9 +220,14 @@ def select_platform(index: Index, wanted: Platform, where: str) -> Descriptor:
         NotFound: there is none; the message lists those that there are.
     """
     candidates = [entry for entry in index.manifests if entry.media_type in MANIFEST_TYPES]
-    for entry in candidates:
-        if entry.platform and wanted.accepts(entry.platform):
-            return entry
+    best: Descriptor | None = None
+    for entry in candidates:  # the first of those for the newest processor that this one is
+        if not entry.platform or not wanted.accepts(entry.platform):
+            continue
+        if best is None or best.platform is None or entry.platform.level > best.platform.level:
+            best = entry
+    if best is not None:
+        return best
     for entry in candidates:  # an index in an index often has no platform itself
         if entry.platform is None and (entry.media_type in (OCI_INDEX, DOCKER_INDEX) or len(candidates) == 1):
             return entry

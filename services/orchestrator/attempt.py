@@ -89,7 +89,7 @@ async def make_box(
             async def tell(progress: r.Progress) -> None:
                 await context.log(stage, progress)
 
-            disk = await context.peers.build_disk(machine.image, tell)
+            disk = await context.peers.build_disk(machine, tell)
     async with phase("boot"):
         await context.log(stage, r.Progress(subject=box_id, action="boot"))
         info = await context.peers.find_box(box_id)

@@ -28,7 +28,7 @@ from voidbox.common.v1 import common_pb2
 from voidbox.guest.v1 import guest_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2
 from voidbox.imager.v1 import imager_pb2
-from voidbox.spec.models import Volume
+from voidbox.spec.models import PullPolicy, Volume
 
 _T = TypeVar("_T")
 
@@ -40,6 +40,11 @@ PATIENCE_SECONDS: Final = 20.0
 _RESOLVE_SECONDS: Final = 900.0
 # A large image over a slow line.
 _DISK_SECONDS: Final = 3600.0
+_POLICIES: Final = {
+    PullPolicy.ALWAYS: imager_pb2.PULL_POLICY_ALWAYS,
+    PullPolicy.MISSING: imager_pb2.PULL_POLICY_MISSING,
+    PullPolicy.NEVER: imager_pb2.PULL_POLICY_NEVER,
+}
 # The guest's own limit, and room for the hypervisor to report that it has passed.
 _START_SECONDS: Final = 120.0
 _CREATE_SECONDS: Final = _START_SECONDS + 30.0
@@ -180,7 +185,10 @@ class Peers:
     async def resolve_guest_image(self, machine: Machine) -> GuestImage:
         """The kernel and initramfs that `machine` boots."""
         request = imager_pb2.ResolveGuestImageRequest(
-            kernel_path=machine.kernel, initramfs_path=machine.initramfs, guest_image=machine.guest_image
+            kernel_path=machine.kernel,
+            initramfs_path=machine.initramfs,
+            guest_image=machine.guest_image,
+            policy=_POLICIES[machine.pull_policy],
         )
 
         async def call() -> GuestImage:
@@ -191,12 +199,13 @@ class Peers:
         return await patiently("imager", call, self.patience)
 
     async def build_disk(
-        self, reference: str, on_progress: Callable[[Progress], Awaitable[None]]
+        self, machine: Machine, on_progress: Callable[[Progress], Awaitable[None]]
     ) -> RootDisk:
-        """The root disk made of the image `reference`."""
+        """The root disk made of the image of `machine`."""
+        reference = machine.image
 
         async def call() -> RootDisk:
-            request = imager_pb2.BuildDiskRequest(reference=reference)
+            request = imager_pb2.BuildDiskRequest(reference=reference, policy=_POLICIES[machine.pull_policy])
             disk: RootDisk | None = None
             async for response in _messages(self._imager.BuildDisk(request, timeout=_DISK_SECONDS)):
                 if response.WhichOneof("result") == "progress":

@@ -26,6 +26,7 @@ from voidbox.spec.models import (
     Mount,
     OnFailure,
     Pipeline,
+    PullPolicy,
     Retry,
     Sandbox,
     Skill,
@@ -57,6 +58,7 @@ class Machine:
     limits: Limits = field(default_factory=Limits)
     allowed_commands: tuple[str, ...] = ()
     volumes: tuple[Volume, ...] = ()
+    pull_policy: PullPolicy = PullPolicy.MISSING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +210,7 @@ def _machine(sandbox: Sandbox, box: BoxSandbox, extra: tuple[Mount, ...]) -> Mac
         limits=sandbox.limits,
         allowed_commands=sandbox.allowed_commands,
         volumes=(*sandbox.volumes, *box.volumes),
+        pull_policy=box.pull_policy or sandbox.pull_policy,
     )
 
 

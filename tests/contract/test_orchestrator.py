@@ -22,6 +22,7 @@ from services.orchestrator.__main__ import running
 from services.orchestrator.config import Config
 from services.orchestrator.store import Store
 from tests.contract.orchestrator_fakes import ERR, Fakes, Process, tar_of
+from voidbox.imager.v1 import imager_pb2
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 from voidbox.orchestrator.v1 import orchestrator_pb2_grpc
 
@@ -1030,3 +1031,25 @@ async def test_two_orchestrators_cannot_share_a_state_directory(harness: Harness
         await other.start()
     assert caught.value.reason == "STATE_IN_USE"
     assert Address.parse(f"unix:{harness.paths.runtime}/orchestrator.sock").path
+
+
+async def test_the_pull_policy_of_a_box_reaches_the_imager(harness: Harness, fakes: Fakes) -> None:
+    boxes = [{"name": name, "run": {"program": "true"}, "sandbox": more} for name, more in
+             (("a", {"pull_policy": "always"}), ("b", {"image": "other:1"}))]  # fmt: skip
+    fakes.programs["true"] = true
+    sandbox = {"image": "oci:layout", "pull_policy": "never"}
+    run = await harness.run(
+        {"kind": "pipeline", "name": "p", "sandbox": sandbox, "pipeline": {"boxes": boxes}}
+    )
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    asked = {(request.reference, request.policy) for request in fakes.image_requests if _is_disk(request)}
+    assert asked == {
+        ("oci:/base/layout", imager_pb2.PULL_POLICY_ALWAYS),
+        ("other:1", imager_pb2.PULL_POLICY_NEVER),
+    }
+    guests = {request.policy for request in fakes.image_requests if not _is_disk(request)}
+    assert guests == {imager_pb2.PULL_POLICY_ALWAYS, imager_pb2.PULL_POLICY_NEVER}
+
+
+def _is_disk(request: Any) -> bool:
+    return isinstance(request, imager_pb2.BuildDiskRequest)

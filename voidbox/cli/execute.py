@@ -31,6 +31,7 @@ from voidbox.execution import Execution
 from voidbox.guest.v1 import guest_pb2
 from voidbox.imager.v1 import imager_pb2
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
+from voidbox.spec.bind import resolve_image
 
 # A client that was killed leaves no box behind; longer than the time we try to reconnect.
 ORPHAN_SECONDS = 30.0
@@ -69,6 +70,7 @@ def _check(context: Context, argv: list[str]) -> None:
         fresh = {
             "--image": args.image,
             "--entrypoint": args.entrypoint,
+            "--pull": args.pull,
             "--memory-mb": args.memory_mb,
             "--vcpus": args.vcpus,
             "--disk-mb": args.disk_mb,
@@ -122,7 +124,10 @@ class _Session:
         if self._args.target:
             return await self._program(client, await find_box(client, self._args.target), None)
         async with self._box(client) as box_id:
-            config = (await client.get_image(self._args.image)).config if self._args.image else None
+            config = None
+            if self._args.image:
+                reference = resolve_image(self._args.image, str(Path.cwd()))
+                config = (await client.get_image(reference)).config
             return await self._program(client, box_id, config)
 
     @contextlib.asynccontextmanager

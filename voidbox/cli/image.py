@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from services.common.errors import Corrupt
+from services.common.errors import Corrupt, InvalidInput
+from voidbox.cli.bars import Bars
 from voidbox.cli.connection import Context
 from voidbox.cli.exitcode import ExitCode
 from voidbox.cli.image_export import FORMATS, export
 from voidbox.cli.screen import Screen, safe, size, table
 from voidbox.client import CALL_SECONDS, Client, rpc_errors
 from voidbox.imager.v1 import imager_pb2 as pb
+from voidbox.spec.bind import resolve_image
 
 _POLICIES = {
     "always": pb.PULL_POLICY_ALWAYS,
@@ -28,7 +28,6 @@ _POLICIES = {
 _KERNELS = {"debian": pb.KERNEL_FLAVOR_DEBIAN, "slim": pb.KERNEL_FLAVOR_SLIM}
 # Reading a cache of many gigabytes, and writing its disks once more.
 _VERIFY_SECONDS = 3600
-_LOCAL = ("oci:", "oci-archive:", "docker-archive:")
 
 
 def image_command(context: Context) -> int:
@@ -57,16 +56,14 @@ def image_command(context: Context) -> int:
 
 def local_reference(reference: str) -> str:
     """A reference to a file of this host with an absolute path: the imager has another directory."""
-    for scheme in _LOCAL:
-        if reference.startswith(scheme):
-            return scheme + os.path.join(Path.cwd(), reference.removeprefix(scheme))
-    return reference
+    return resolve_image(reference, str(Path.cwd()))
 
 
 async def _pull(context: Context, client: Client) -> None:
     request = pb.PullImageRequest(
         reference=local_reference(context.args.reference),
         policy=_POLICIES[context.args.policy],
+        platform=_platform(context.args.platform or ""),
         insecure=context.args.insecure,
     )
     kind, image = await _follow(
@@ -232,56 +229,12 @@ async def _follow(screen: Screen, messages: AsyncIterator[Any], *wanted: str) ->
     raise AssertionError("the stream ended without a result and without an error")
 
 
-class Bars:
-    """A bar per piece of work on a terminal, a line per piece elsewhere."""
-
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-        self._tasks: dict[tuple[str, str], Any] = {}
-        self._progress: Any = None
-        if screen.live:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-            self._progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=30),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-
-    def show(self, progress: pb.Progress) -> None:
-        """Show how far a piece of work is."""
-        key = (progress.subject, progress.action)
-        subject = (
-            progress.subject.removeprefix("sha256:")[:12]
-            if "sha256:" in progress.subject
-            else progress.subject
-        )
-        text = safe(f"{progress.action} {subject}".strip())
-        if self._progress is None:
-            if key not in self._tasks:
-                self._tasks[key] = None
-                amount = f" ({size(progress.total)})" if progress.unit == "bytes" and progress.total else ""
-                self._screen.note(f"{text}{amount}")
-            return
-        if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(text, total=progress.total or None)
-        self._progress.update(self._tasks[key], completed=progress.done, total=progress.total or None)
-
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+def _platform(text: str) -> pb.Platform:
+    """OS/ARCH[/VARIANT] or ARCH; the imager checks the words."""
+    parts = text.split("/") if "/" in text else ["", text]
+    if len(parts) > 3:
+        raise InvalidInput(f"--platform {text}: write OS/ARCH[/VARIANT]", reason="BAD_PLATFORM")
+    return pb.Platform(**dict(zip(("os", "architecture", "variant"), parts, strict=False)))
 
 
 def _plain(message: Any) -> Any:

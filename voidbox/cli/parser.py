@@ -196,6 +196,11 @@ def _add_exec(command: Parser) -> None:
     command.add_argument(
         "--entrypoint", metavar="PROGRAM", help="instead of the image's; '' for none; its CMD does not count"
     )
+    command.add_argument(
+        "--pull",
+        choices=("always", "missing", "never"),
+        help="when to ask a registry for the image (missing); always notices a moved tag",
+    )
     command.add_argument("--memory-mb", type=_positive, metavar="N", help="memory of the box (1024)")
     command.add_argument("--vcpus", type=_positive, metavar="N", help="processors of the box (1)")
     command.add_argument(
@@ -337,7 +342,12 @@ def _add_image(image: Parser, shared: list[Parser]) -> None:
 
     pull = add("pull", "Bring an image into the cache.")
     pull.add_argument(
-        "reference", metavar="REF", help="docker:// or bare reference, oci:DIR[:TAG], oci-archive:FILE"
+        "reference",
+        metavar="REF",
+        help="HOST/NAME[:TAG], oci:DIR[:TAG], oci-archive:FILE[:TAG] or docker-archive:FILE[:NAME]",
+    )
+    pull.add_argument(
+        "--platform", metavar="OS/ARCH[/VARIANT]", help="of several, e.g. linux/arm64 (the host's)"
     )
     pull.add_argument("--insecure", action="store_true", help="allow plain HTTP")
     pull.add_argument(

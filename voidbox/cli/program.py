@@ -76,6 +76,8 @@ def sandbox_spec(args: Namespace, ours: Mapping[str, str], base: Path) -> bytes:
     sandbox: dict[str, object] = {}
     if args.image:
         sandbox["image"] = args.image
+    if args.pull:
+        sandbox["pull_policy"] = args.pull
     if args.memory_mb:
         sandbox["memory_mb"] = args.memory_mb
     if args.vcpus:

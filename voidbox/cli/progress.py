@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from google.protobuf.json_format import MessageToDict
 
-from voidbox.cli.screen import Screen, duration, safe
+from voidbox.cli.bars import bar
+from voidbox.cli.screen import Screen, duration, safe, size
 from voidbox.cli.view import ENDED, Line, RunView, StageView, seconds_between, stage_state
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 
@@ -191,7 +192,12 @@ def describe(stage: StageView) -> str:
     """State and phase of a stage in a few words."""
     word = stage_state(stage.state)
     if stage.active and stage.phase and stage.phase != "program":
-        word = stage.phase if stage.share is None else f"{stage.phase} {stage.share:.0%}"
+        word = stage.phase
+        if stage.share is not None:
+            word += f" {bar(stage.share)} {stage.share:.0%}"
+            if stage.unit == "bytes":
+                done, total = stage.amount
+                word += f" {size(done)} of {size(total)}"
     return word
 
 

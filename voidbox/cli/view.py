@@ -6,6 +6,8 @@ import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from voidbox.cli.bars import short
+from voidbox.cli.screen import size
 from voidbox.common.v1 import common_pb2
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 
@@ -95,7 +97,15 @@ class StageView:
     last_line: str = ""
     # Share of a known amount of work, 0 to 1; None if not known.
     share: float | None = None
+    # What `phase` works on: (done, total) of each subject, and what is counted.
+    work: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unit: str = ""
     lines: dict[int, Lines] = field(default_factory=dict)
+
+    @property
+    def amount(self) -> tuple[int, int]:
+        """How much of `phase` is done, and of how much, over all that it works on."""
+        return sum(done for done, _ in self.work.values()), sum(total for _, total in self.work.values())
 
     @property
     def active(self) -> bool:
@@ -163,7 +173,7 @@ class RunView:
         view.state, view.attempts, view.reason = stage.state, stage.attempts, stage.reason
         view.start = stage.start_time.ToMicroseconds() / 1e6 if stage.HasField("start_time") else view.start
         view.end = stage.end_time.ToMicroseconds() / 1e6 if stage.HasField("end_time") else 0.0
-        view.share = None
+        view.share, view.work = None, {}
         view.phase = "program" if stage.state == pb.STAGE_STATE_RUNNING else ""
         if changed and stage.state != pb.STAGE_STATE_PENDING:
             word = stage_state(stage.state)
@@ -175,10 +185,18 @@ class RunView:
 
     def _progress(self, view: StageView, event: pb.Event, time: float) -> Iterator[Line]:
         progress = event.progress
-        view.share = min(1.0, progress.done / progress.total) if progress.total > 0 else None
-        if progress.action and progress.action != view.phase:
-            view.phase = progress.action
-            yield self._line("phase", event, f"{progress.action} {progress.subject}".strip(), time)
+        fresh = bool(progress.action) and progress.action != view.phase
+        if fresh:
+            view.phase, view.work = progress.action, {}
+        # Each layer that is downloaded gets its line: it is what takes long.
+        fresh = fresh or (progress.action == "download" and progress.subject not in view.work)
+        view.work[progress.subject], view.unit = (progress.done, progress.total), progress.unit
+        done, total = view.amount
+        view.share = min(1.0, done / total) if total > 0 else None
+        if fresh:
+            counted = progress.unit == "bytes" and progress.total > 0
+            text = f"{progress.action} {short(progress.subject)}".strip()
+            yield self._line("phase", event, f"{text} ({size(progress.total)})" if counted else text, time)
 
     def _output(
         self, view: StageView, event: pb.Event, lines: list[str], stream: int, time: float

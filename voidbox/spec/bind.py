@@ -19,6 +19,7 @@ from voidbox.spec.shapes import Union, split_optional, union_of
 
 _T = TypeVar("_T")
 _FAILED: Final = object()
+_IMAGE_FILES: Final = ("oci:", "oci-archive:", "docker-archive:")
 _MAX_PROBLEMS: Final = 200
 
 
@@ -176,6 +177,19 @@ class Binder:
             return self._string(node, rules, path)
         return node.value
 
+    def _host_path(self, text: str, node: Node, rules: Rules, path: Path) -> object:
+        if not text:
+            return self._problem(node, path, "a path cannot be empty")
+        if text.startswith("~"):
+            return self._problem(
+                node, path, "'~' is not expanded; write the path out, or relative to this file"
+            )
+        if self._base_dir is None and not rules.uploaded and not text.startswith("/"):
+            return self._problem(
+                node, path, f"{text[:80]!r} is relative, and the directory it starts from is unknown"
+            )
+        return resolve_path(text, self._base_dir)
+
     def _string(self, node: Node, rules: Rules, path: Path) -> object:
         text: str = node.value
         if "\0" in text:
@@ -185,17 +199,11 @@ class Binder:
         if rules.pattern and not re.fullmatch(rules.pattern, text):
             return self._problem(node, path, f"{text[:80]!r} is not {rules.pattern_hint or rules.pattern}")
         if rules.host_path:
-            if not text:
-                return self._problem(node, path, "a path cannot be empty")
-            if text.startswith("~"):
-                return self._problem(
-                    node, path, "'~' is not expanded; write the path out, or relative to this file"
-                )
-            if self._base_dir is None and not rules.uploaded and not text.startswith("/"):
-                return self._problem(
-                    node, path, f"{text[:80]!r} is relative, and the directory it starts from is unknown"
-                )
-            return resolve_path(text, self._base_dir)
+            return self._host_path(text, node, rules, path)
+        if rules.image:
+            scheme, place, rest = split_image(text)
+            resolved = self._host_path(place, node, rules, path) if scheme else place
+            return f"{scheme}{resolved}{rest}" if isinstance(resolved, str) else resolved
         if rules.guest_path:
             fault = guest_path_fault(text)
             if fault:
@@ -249,6 +257,21 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
 def resolve_path(text: str, base_dir: str | None) -> str:
     """`text` as an absolute, normalized path; relative ones start from `base_dir` (`/` if None)."""
     return "/" + posixpath.normpath(posixpath.join(base_dir or "/", text)).lstrip("/")
+
+
+def split_image(text: str) -> tuple[str, str, str]:
+    """Scheme, path and the rest of a reference to an image in a file; only a path if it is in a registry."""
+    scheme = next((word for word in _IMAGE_FILES if text.startswith(word)), "")
+    if not scheme:
+        return "", text, ""
+    place, colon, rest = text.removeprefix(scheme).partition(":")
+    return scheme, place, colon + rest
+
+
+def resolve_image(text: str, base_dir: str) -> str:
+    """An image reference whose path, if it has one, is absolute."""
+    scheme, place, rest = split_image(text)
+    return f"{scheme}{resolve_path(place, base_dir)}{rest}" if scheme and place else text
 
 
 def guest_path_fault(text: str) -> str:

@@ -27,6 +27,7 @@ class Rules:
         pattern: Regular expression that the whole string matches.
         pattern_hint: The pattern in words.
         host_path: Relative paths are resolved against the spec's directory.
+        image: A reference to an image; of one in a file or directory the path is resolved as by `host_path`.
         uploaded: The client sends the file at that path; the name alone identifies it.
         guest_path: An absolute, normalized path inside the box.
         not_blank: The string must hold more than white space.
@@ -40,6 +41,7 @@ class Rules:
     pattern: str = ""
     pattern_hint: str = ""
     host_path: bool = False
+    image: bool = False
     uploaded: bool = False
     guest_path: bool = False
     not_blank: bool = False

@@ -37,6 +37,14 @@ class SandboxMode(StrEnum):
     MOCK = "mock"
 
 
+class PullPolicy(StrEnum):
+    """`always` notices that a tag has moved; `never` takes what is cached."""
+
+    ALWAYS = "always"
+    MISSING = "missing"
+    NEVER = "never"
+
+
 class MountMode(StrEnum):
     """What the box may do with a mount."""
 
@@ -168,7 +176,13 @@ class Sandbox:
     )
     mounts: tuple[Mount, ...] = key("Host directories that the box sees.", default=())
     volumes: tuple[Volume, ...] = key("Named disks that outlive the box.", default=())
-    image: str | None = key("OCI image whose files are the box's root.", default=None, not_blank=True)
+    image: str | None = key(
+        "OCI image whose files are the box's root: a name in a registry, oci:DIR, oci-archive:FILE or "
+        "docker-archive:FILE, paths relative to the spec file.",
+        default=None,
+        not_blank=True,
+        image=True,
+    )
     guest_image: str | None = key(
         "OCI image that carries kernel and initramfs; empty: never pull one.", default=None
     )
@@ -176,6 +190,12 @@ class Sandbox:
         "Snapshot to start from; its memory, processors, kernel and root disk count instead of those given "
         "here. Empty: none.",
         default=None,
+    )
+    pull_policy: PullPolicy = key(
+        "When a registry is asked for `image` and `guest_image`: always, so that a moved tag is noticed, "
+        "only if it is missing, or never.",
+        default=PullPolicy.MISSING,
+        any_case=True,
     )
     limits: Limits = key("What the programs of the box may take.", default_factory=Limits)
     allowed_commands: tuple[str, ...] = key(
@@ -196,7 +216,10 @@ class BoxSandbox:
     env: Mapping[str, str] = key("Environment, added to the top-level one.", default_factory=dict)
     mounts: tuple[Mount, ...] = key("Mounts, added to the top-level ones.", default=())
     volumes: tuple[Volume, ...] = key("Volumes, added to the top-level ones.", default=())
-    image: str | None = key("OCI image for this box instead.", default=None, not_blank=True)
+    image: str | None = key("OCI image for this box instead.", default=None, not_blank=True, image=True)
+    pull_policy: PullPolicy | None = key(
+        "When a registry is asked for it instead.", default=None, any_case=True
+    )
     snapshot: str | None = key("Snapshot to start from instead.", default=None)
 
 

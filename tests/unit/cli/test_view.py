@@ -46,7 +46,7 @@ def test_a_stage_is_followed_through_its_phases() -> None:
     assert [line.text for line in view.apply(moved(pb.STAGE_STATE_STARTING, attempts=1))] == ["starting"]
     progress = pb.ProgressEvent(subject="image", action="download", done=1, total=4)
     assert [line.text for line in view.apply(event("a", progress=progress))] == ["download image"]
-    assert describe(stage) == "download 25%"
+    assert describe(stage) == "download ━━━━━╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌ 25%"
     assert list(view.apply(event("a", progress=progress))) == []
     list(view.apply(moved(pb.STAGE_STATE_RUNNING, attempts=1)))
     assert describe(stage) == "running"
@@ -65,3 +65,23 @@ def test_the_two_streams_do_not_mix_within_a_line() -> None:
     assert list(view.apply(event("a", output=out))) == []
     (line,) = view.apply(event("a", output=err))
     assert (line.text, line.stderr) == ("err", True)
+
+
+def test_layers_that_come_at_once_are_one_bar_and_a_line_each() -> None:
+    view = RunView(pb.Run(stages=[pb.Stage(name="a")]))
+    list(view.apply(moved(pb.STAGE_STATE_STARTING, attempts=1)))
+    texts = []
+    for subject, done in (
+        ("sha256:" + "a" * 64, 0),
+        ("sha256:" + "b" * 64, 1 << 20),
+        ("sha256:" + "a" * 64, 1 << 20),
+    ):
+        progress = pb.ProgressEvent(
+            subject=subject, action="download", done=done, total=4 << 20, unit="bytes"
+        )
+        texts += [line.text for line in view.apply(event("a", progress=progress))]
+    assert texts == ["download aaaaaaaaaaaa (4.0 MiB)", "download bbbbbbbbbbbb (4.0 MiB)"]
+    assert describe(view.stages["a"]) == "download ━━━━━╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌ 25% 2.0 MiB of 8.0 MiB"
+    progress = pb.ProgressEvent(subject="sha256:" + "a" * 64, action="convert", done=1, total=1, unit="bytes")
+    assert [line.text for line in view.apply(event("a", progress=progress))] == ["convert aaaaaaaaaaaa (1 B)"]
+    assert describe(view.stages["a"]).startswith("convert ━━━━━━━━━━━━━━━━━━━━ 100%")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.common.errors import InvalidInput
 from voidbox.spec import SpecError, client_env, input_files, load_spec, parse_spec, resolve_env
-from voidbox.spec.models import Provider, SandboxMode, Spec
+from voidbox.spec.models import Provider, PullPolicy, SandboxMode, Spec
 from voidbox.spec.problems import MAX_REPORTED
 
 ROOT = Path(__file__).parents[3]
@@ -203,6 +203,33 @@ def test_relative_paths_start_at_the_spec_file(tmp_path: Path, monkeypatch: pyte
     assert spec.sandbox.kernel == str(tmp_path / "deep/k")
     assert spec.sandbox.mounts[0].host == str(tmp_path / "m")
     assert input_files(spec) == (str(tmp_path / "deep/d/x"), "/abs", str(tmp_path / "deep/s.md"))
+
+
+@pytest.mark.parametrize(
+    ("text", "resolved"),
+    [
+        ("oci:layout:t", "oci:/deep/layout:t"),
+        ("oci:./a/../b", "oci:/deep/b"),
+        ("oci-archive:../x.tar:docker.io/a:1", "oci-archive:/x.tar:docker.io/a:1"),
+        ("docker-archive:/x.tar:@0", "docker-archive:/x.tar:@0"),
+        ("alpine:3", "alpine:3"),
+        ("localhost:5000/a@sha256:0", "localhost:5000/a@sha256:0"),
+    ],
+)
+def test_images_in_files_are_found_from_the_spec_file(text: str, resolved: str) -> None:
+    spec = parse_spec(f"kind: sandbox\nname: a\nsandbox: {{image: '{text}'}}\n", "s.yaml", "/deep")
+    assert spec.sandbox.image == resolved
+    if resolved != text:
+        with pytest.raises(SpecError, match="relative"):
+            parse_spec(f"kind: sandbox\nname: a\nsandbox: {{image: '{text}'}}\n", "s.yaml", None)
+
+
+def test_the_pull_policy_is_one_of_three_words() -> None:
+    text = "kind: sandbox\nname: a\nsandbox: {image: x, pull_policy: %s}\n"
+    for word, policy in (("always", PullPolicy.ALWAYS), ("Never", PullPolicy.NEVER)):
+        assert parse_spec(text % word, "s.yaml", "/").sandbox.pull_policy is policy
+    with pytest.raises(SpecError, match="pull_policy"):
+        parse_spec(text % "sometimes", "s.yaml", "/")
 
 
 def test_relative_mount_without_a_base_is_a_fault_but_an_upload_is_not() -> None:
