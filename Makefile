@@ -111,6 +111,13 @@ bench: setup-dev ## Measure, each figure beside its floor or a peer
 test-agents: setup-dev ## Fetch the real agents' programs and run them in a box (350 MB)
 	@VOIDBOX_TEST_AGENTS=1 $(BIN)/pytest tests/integration/test_imager_agents.py
 
+FUZZ ?= layers
+FUZZ_SECONDS ?= 60
+fuzz: setup-dev ## Fuzz the imager: make fuzz FUZZ=layers|manifests|references FUZZ_SECONDS=60
+	@test -d .build/atheris || $(BIN)/python -m pip install -q --disable-pip-version-check --target .build/atheris atheris==3.0.0
+	@mkdir -p .build/fuzz-$(FUZZ)
+	@PYTHONPATH=.build/atheris:. $(BIN)/python -m tests.fuzz.imager $(FUZZ) -max_total_time=$(FUZZ_SECONDS) .build/fuzz-$(FUZZ)
+
 test-compose: setup-dev ## Build and test the docker-compose stack on a real Docker engine
 	@docker compose version >/dev/null 2>&1 || tools/system-packages $(COMPOSE_PACKAGES)
 	@VOIDBOX_TEST_COMPOSE=1 $(BIN)/pytest tests/integration/test_compose.py

@@ -47,9 +47,9 @@ class BenchImage:
 class _LayerFile:
     """A file object for `tarfile` that compresses and hashes what is written."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, level: int) -> None:
         self._file = file
-        self._gzip = zlib.compressobj(6, wbits=31)
+        self._gzip = zlib.compressobj(level, wbits=31)
         self.digest, self.diff_id = hashlib.sha256(), hashlib.sha256()
         self.count = 0
 
@@ -127,14 +127,16 @@ def _base_system() -> Path:
     return archive
 
 
-def write_layout(layout: Path, members: Iterator[tuple[tarfile.TarInfo, BinaryIO | None]]) -> None:
+def write_layout(
+    layout: Path, members: Iterator[tuple[tarfile.TarInfo, BinaryIO | None]], level: int = 6
+) -> None:
     """An OCI layout of one gzip layer, written as container engines write it: PAX, whole seconds."""
     blobs = layout / "blobs/sha256"
     blobs.mkdir(parents=True)
     made = blobs / "layer"
     entries = 0
     with made.open("wb") as file:
-        layer = _LayerFile(file)
+        layer = _LayerFile(file, level)
         with tarfile.open(fileobj=cast("IO[bytes]", layer), mode="w|", format=tarfile.PAX_FORMAT) as archive:
             for member, data in members:
                 archive.addfile(member, data)

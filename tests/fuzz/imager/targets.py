@@ -1,15 +1,11 @@
 """What is fuzzed in the imager: one function for each kind of input, each with one invariant.
 
-Run one for as long as you like with coverage guidance, if `atheris` is installed:
-
-    python -m tests.fuzz.imager.targets layers [corpus directory]
+`make fuzz` runs one with coverage guidance for as long as you like.
 """
 
 from __future__ import annotations
 
-import importlib
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +33,11 @@ def layers(data: bytes) -> None:
     The first byte says where the bytes are cut into two layers. Headers get their checksum right,
     so that what is behind it is reached.
     """
-    data = data[:1] + _with_checksums(data[1:])
-    cut = 1 + (data[0] * len(data) // 256 if data else 0) // 512 * 512
+    tars = split_layers(data[:1] + _with_checksums(data[1:]))
     with tempfile.TemporaryDirectory(prefix="fuzz") as place:
         image = Path(place) / "image"
         try:
-            build_ext4(image, [data[1:cut], data[cut:]], limits=_LIMITS)
+            build_ext4(image, tars, limits=_LIMITS)
         except VoidboxError:
             return
         done = subprocess.run(
@@ -52,6 +47,12 @@ def layers(data: bytes) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stdout
+
+
+def split_layers(data: bytes) -> list[bytes]:
+    """The two layers in `data`, as its first byte says."""
+    cut = 1 + (data[0] * len(data) // 256 if data else 0) // 512 * 512
+    return [data[1:cut], data[cut:]]
 
 
 def _with_checksums(data: bytes) -> bytes:
@@ -98,16 +99,3 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "manifests": manifests,
     "references": references,
 }
-
-
-def main() -> None:
-    """Fuzz the target named on the command line until it is interrupted."""
-    atheris = importlib.import_module("atheris")
-    name = sys.argv.pop(1)
-    atheris.instrument_all()
-    atheris.Setup([*sys.argv, str(CORPUS / name)], TARGETS[name])
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()

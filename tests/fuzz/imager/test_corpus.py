@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import VoidboxError
-from tests.fuzz.imager.targets import CORPUS, TARGETS
-from tests.imager_images import build_ext4
+from services.imager.ext4 import Ext4Writer
+from services.imager.layers import LayerMerger, LayerSource
+from services.imager.limits import Limits
+from services.imager.tree import Kind
+from tests.fuzz.imager.outcomes import REFUSED, TAKEN
+from tests.fuzz.imager.targets import CORPUS, TARGETS, split_layers
+from tests.imager_images import build_ext4, compress, sha256
 
 FILES = sorted(path for path in CORPUS.rglob("*") if path.is_file())
 
@@ -22,15 +30,56 @@ def test_the_corpus_holds(path) -> None:  # type: ignore[no-untyped-def]
     TARGETS[path.parent.name](path.read_bytes())
 
 
-@pytest.mark.parametrize("path", sorted((CORPUS / "layers").glob("bad-*")), ids=lambda path: path.name)
-def test_what_is_called_bad_is_refused(path, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(VoidboxError):
-        build_ext4(tmp_path / "i", [path.read_bytes()[1:]])
+def tars_of(name: str) -> list[bytes]:
+    """The layers in a file of the corpus: two in `two-…`, else one after the first byte."""
+    data = (CORPUS / "layers" / name).read_bytes()
+    return split_layers(data) if name.startswith("two-") else [data[1:]]
 
 
-@pytest.mark.parametrize("path", sorted((CORPUS / "layers").glob("odd-*")), ids=lambda path: path.name)
-def test_what_is_only_odd_is_taken(path, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    build_ext4(tmp_path / "i", [path.read_bytes()[1:]])
+def test_every_hostile_layer_has_an_outcome() -> None:
+    names = {path.name for path in (CORPUS / "layers").iterdir() if path.name[:4] in ("bad-", "odd-", "two-")}
+    assert names == REFUSED.keys() | TAKEN.keys() | {"odd-gnu-long", "odd-many-names"}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_hostile_is_refused_for_the_right_reason(name: str, tmp_path: Path) -> None:
+    with pytest.raises(VoidboxError) as caught:
+        build_ext4(tmp_path / "image", tars_of(name))
+    assert caught.value.reason == REFUSED[name]
+
+
+@pytest.mark.parametrize("name", sorted(TAKEN))
+def test_what_is_only_odd_becomes_this_tree(name: str, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    with image.open("w+b") as file:
+        merger = LayerMerger(Ext4Writer(file, uuid=bytes(16), hash_seed=bytes(16)), Limits())
+        for tar in tars_of(name):
+            digest = sha256(tar)
+            merger.apply(LayerSource(digest=digest, size=len(tar), diff_id=digest, blob=io.BytesIO(tar)))
+    found = []
+    marks = {Kind.DIRECTORY: b"/", Kind.SYMLINK: b"@"}
+    paths = {id(merger.tree.root): b""}
+    for directory, part, node in merger.tree.walk():
+        path = paths[id(directory)] + part + marks.get(node.kind, b"")
+        paths[id(node)] = path
+        found.append(path.decode("latin-1"))
+    assert sorted(found) == TAKEN[name]
+
+
+@pytest.mark.parametrize("how", ["gzip", "zstd"])
+def test_a_bomb_is_refused_at_the_limit_and_costs_little_memory(how: str, tmp_path: Path) -> None:
+    """A quarter of a gigabyte of zeros in some kilobytes; the limit is one MiB."""
+    bomb = compress(bytes(1 << 28), how)
+    digest = sha256(bomb)
+    with (tmp_path / "image").open("w+b") as file:
+        merger = LayerMerger(
+            Ext4Writer(file, uuid=bytes(16), hash_seed=bytes(16)), Limits(unpacked_bytes=1 << 20)
+        )
+        with pytest.raises(VoidboxError) as caught:
+            merger.apply(LayerSource(digest=digest, size=len(bomb), diff_id=None, blob=io.BytesIO(bomb)))
+    # Zero blocks end the archive; what follows them counts against the limit all the same.
+    assert caught.value.reason == "IMAGE_TOO_LARGE"
+    assert (tmp_path / "image").stat().st_size < 2 << 20
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
