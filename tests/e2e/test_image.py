@@ -6,21 +6,24 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.voidbox_cli import MEMORY, Voidbox, pipeline, program_box, spec
+from tests.e2e.voidbox_cli import MEMORY, Voidbox, pipeline, program_box, spec, stack
+from tests.registries import docker_registry
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
 
-def busybox_root() -> bytes:
+def busybox_root(more: Mapping[str, tuple[bytes, int]]) -> bytes:
     """A tar archive of busybox with the libraries that it needs, and a user database."""
     busybox = shutil.which("busybox")
     assert busybox, "busybox is not installed; run: apt-get install busybox"
@@ -43,10 +46,14 @@ def busybox_root() -> bytes:
         add("etc/passwd", b"root:x:0:0::/:/bin/sh\nweb:x:123:456::/srv:/bin/sh\n", 0o644)
         add("etc/group", b"root:x:0:\nweb:x:456:\nextra:x:77:root,web\n", 0o644)
         add("srv/marker", b"of the image\n", 0o644)
+        for name, (data, mode) in more.items():
+            add(name, data, mode)
     return buffer.getvalue()
 
 
-def layout(directory: Path, config: dict[str, Any]) -> str:
+def layout(
+    directory: Path, config: dict[str, Any], more: Mapping[str, tuple[bytes, int]] | None = None
+) -> str:
     """An OCI layout with one gzip layer of busybox."""
     blobs = directory / "blobs/sha256"
     blobs.mkdir(parents=True)
@@ -60,7 +67,7 @@ def layout(directory: Path, config: dict[str, Any]) -> str:
             "size": len(data),
         }
 
-    layer = busybox_root()
+    layer = busybox_root(more or {})
     document = {
         "architecture": "amd64",
         "os": "linux",
@@ -79,6 +86,16 @@ def layout(directory: Path, config: dict[str, Any]) -> str:
     return f"oci:{directory}"
 
 
+def kept_by_its_box(voidbox: Voidbox, reference: str, run_id: str) -> None:
+    """While a box has the image as its root, nothing removes it."""
+    error = voidbox.error("image", "rm", reference, code=4)
+    assert error["reason"] == "IMAGE_IN_USE"
+    pruned = voidbox("--output", "json", "image", "prune", "--max-size", "1").json
+    assert pruned["references"] == []
+    assert voidbox("exec", "--in", run_id, "--", "/bin/cat", "/srv/marker").text == "of the image\n"
+    voidbox("rm", "-f", run_id)
+
+
 def exported_and_verified(voidbox: Voidbox, reference: str, tmp_path: Path) -> None:
     """The image as a file that is written once, and the cache without damage."""
     target = tmp_path / "image.tar"
@@ -94,8 +111,8 @@ def exported_and_verified(voidbox: Voidbox, reference: str, tmp_path: Path) -> N
     voidbox("image", "export", reference, "-o", str(target), *options)
     assert gzip.decompress(target.read_bytes()).startswith(b"070701")
     assert [path.name for path in tmp_path.glob("*.part")] == []
-    found = voidbox("--output", "json", "image", "verify").json
-    assert found["checked"] >= 4
+    found = voidbox("--output", "json", "image", "verify", reference).json
+    assert found["checked"] == 4
     assert found["problems"] == []
     error = voidbox.error("image", "push", reference, "127.0.0.1:9/x", code=4)
     assert error["code"] == "UNAVAILABLE"
@@ -126,8 +143,10 @@ def test_an_image_is_run_as_its_configuration_says_and_removed(voidbox: Voidbox,
     done = voidbox("exec", *MEMORY, "--image", reference, *words)
     assert done.text == "entry ours \n0\n77\n/srv\n0 755\n/ bye\nof the image\n"
     # A user without an entry is in root's group; another entrypoint does without the image's arguments.
-    others = ("--entrypoint", "/bin/id", "--user", "1234", "--", "-G")
-    assert voidbox("exec", *MEMORY, "--image", reference, *others).text == "0\n"
+    others = ("--keep", "--entrypoint", "/bin/id", "--user", "1234", "--", "-G")
+    kept = voidbox("exec", *MEMORY, "--image", reference, *others)
+    assert kept.text == "0\n"
+    kept_by_its_box(voidbox, reference, re.findall(r"--in (\S+)", kept.stderr)[0])
     exported_and_verified(voidbox, reference, tmp_path)
     script = "cat /srv/marker; busybox df -m / | busybox tail -n 1"
     document = pipeline("image", program_box("one", "sh", "-c", script))
@@ -154,3 +173,41 @@ def test_a_mount_shows_the_hosts_files_and_refuses_writes(voidbox: Voidbox, tmp_
     done = voidbox("exec", *MEMORY, "--mount", f"{shared}:/data", "--", "sh", "-c", script)
     assert done.text == "of the host\nrefused\n"
     assert [path.name for path in shared.iterdir()] == ["file"]
+
+
+def test_a_spec_boots_a_guest_image_from_a_registry(voidbox: Voidbox, tmp_path: Path) -> None:
+    """One stack pushes the guest image that it has; another, which has none, runs a spec that names it."""
+    with docker_registry(tmp_path / "registry") as host:
+        name = f"{host}/guest:v1"
+        pushed = voidbox("--output", "json", "image", "push", "--guest", "default", name).json
+        assert pushed["digest"].startswith("sha256:")
+        document = pipeline("guest", program_box("one", "cat", "/etc/os-release"))
+        with stack(guest=False) as other:
+            other("run", spec(tmp_path / "without.json", document), code=3)
+            document["sandbox"]["guest_image"] = name
+            run = other("run", spec(tmp_path / "with.json", document))
+            assert 'NAME="voidbox guest"' in run.text
+            found = other("--output", "json", "image", "verify").json
+            assert found == {"checked": 1, "problems": []}
+            pulled = other("--output", "json", "image", "pull", name).json
+            assert pulled["digest"]["value"] == f"sha256:{Path(pulled['kernel_path']).parent.name}"
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "zstd", "lz4"])
+def test_a_kernel_boots_an_exported_initramfs(voidbox: Voidbox, tmp_path: Path, compression: str) -> None:
+    init = b"#!/bin/sh\n/bin/busybox mount -t proc proc /proc\n"
+    init += b"echo BOOTED $(cat /srv/marker) $(id -u) $(stat -c %a /bin/busybox)\n"
+    init += b"echo o > /proc/sysrq-trigger\n"
+    reference = layout(tmp_path / "l", {}, {"init": (init, 0o755), "proc/keep": (b"", 0o644)})
+    voidbox("image", "pull", reference)
+    target = tmp_path / "initramfs"
+    voidbox("image", "export", reference, "-o", str(target), "--format", "initramfs",
+            "--compression", compression)  # fmt: skip
+    kernel = Path(os.path.realpath(voidbox.cache / "guest/default")) / "vmlinux"
+    argv = ["qemu-system-x86_64", "-M", "q35,accel=tcg", "-cpu", "max", "-m", "256M", "-nodefaults"]
+    argv += ["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-kernel", str(kernel)]
+    argv += ["-initrd", str(target), "-append", "console=ttyS0 quiet panic=-1 no_timer_check"]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=True)
+    console = done.stdout.decode(errors="replace")
+    assert "BOOTED of the image 0 755" in console, console[-3000:]
+    voidbox("image", "rm", reference)
