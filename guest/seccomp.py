@@ -15,7 +15,7 @@ import struct
 # linux/seccomp.h, linux/audit.h, linux/filter.h, linux/prctl.h
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
-_LOAD, _JUMP_EQUAL, _JUMP_SET, _AND, _RETURN = 0x20, 0x15, 0x45, 0x54, 0x06
+_LOAD, _JUMP_EQUAL, _JUMP_GREATER, _JUMP_SET, _AND, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x54, 0x06
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
 _X32 = 0x40000000
 _INSTRUCTION = struct.Struct("=HBBI")
@@ -59,6 +59,9 @@ _STREAM, _DGRAM, _TYPE = 1, 2, 0xF  # linux/net.h: SOCK_TYPE_MASK
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# Numbers are compared in order, in chunks that are passed over whole: the kernel runs the filter once
+# for each system call when it is installed, which a guest under emulation pays for at every exec.
+_CHUNK = 8
 _Code = list[tuple[int, int, int, int]]
 
 
@@ -81,28 +84,32 @@ def program(machine: str, *, memfd: bool) -> bytes:
         (_JUMP_SET, 0, 1, _X32),
         (_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
     ]
-    for numbers in _REFUSED.values():
-        code += _fail(numbers[column], errno.EPERM)
-    for numbers in _MISSING.values():
-        code += _fail(numbers[column], errno.ENOSYS)
+    bodies = {numbers[column]: _fail(errno.EPERM) for numbers in _REFUSED.values()}
+    bodies |= {numbers[column]: _fail(errno.ENOSYS) for numbers in _MISSING.values()}
     if not memfd:
-        code += _fail(_MEMFD_CREATE[column], errno.EPERM) + _fail(_MEMFD_SECRET[column], errno.EPERM)
-    code += _when(_CLONE[column], _refuse_bits(0, _NAMESPACES))
-    code += _when(_UNSHARE[column], _refuse_bits(0, _NAMESPACES | _NEWTIME))
-    code += _when(_IOCTL[column], _refuse_values(1, _TIOCSTI) + _refuse_values(1, _TIOCLINUX))
-    code += _when(_SOCKET[column], _sockets())
+        bodies |= {_MEMFD_CREATE[column]: _fail(errno.EPERM), _MEMFD_SECRET[column]: _fail(errno.EPERM)}
+    bodies |= {
+        _CLONE[column]: _refuse_bits(0, _NAMESPACES),
+        _UNSHARE[column]: _refuse_bits(0, _NAMESPACES | _NEWTIME),
+        _IOCTL[column]: _refuse_values(1, _TIOCSTI) + _refuse_values(1, _TIOCLINUX),
+        _SOCKET[column]: _sockets(),
+    }
+    bodies.pop(-1, None)
+    numbers = sorted(bodies)
+    for start in range(0, len(numbers), _CHUNK):
+        chunk = numbers[start : start + _CHUNK]
+        block: _Code = []
+        for number in chunk:
+            body = [*bodies[number], (_RETURN, 0, 0, _ALLOW)]
+            block += [(_JUMP_EQUAL, 0, len(body), number), *body]
+        block.append((_RETURN, 0, 0, _ALLOW))
+        code += [(_JUMP_GREATER, len(block), 0, chunk[-1]), *block]
     code.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(_INSTRUCTION.pack(*one) for one in code)
 
 
-def _fail(number: int, code: int) -> _Code:
-    return [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | code)] if number >= 0 else []
-
-
-def _when(number: int, body: _Code) -> _Code:
-    """`body`, and then allow, for this system call; fall through for others."""
-    body = [*body, (_RETURN, 0, 0, _ALLOW)]
-    return [(_JUMP_EQUAL, 0, len(body), number), *body]
+def _fail(code: int) -> _Code:
+    return [(_RETURN, 0, 0, _ERRNO | code)]
 
 
 def _argument(number: int) -> tuple[int, int, int, int]:

@@ -24,7 +24,7 @@ from services.hypervisor.volumes import Volumes
 # CIDs below 3 are reserved (vsock(7)); a random one collides with nobody else's on the host.
 _FIRST_CID, _LAST_CID = 1 << 16, (1 << 31) - 1
 MAX_DISKS = 16
-MAX_MOUNTS = 16
+MAX_MOUNTS = 20
 ROOT_SERIAL = "root"
 
 

@@ -99,8 +99,11 @@ class AgentProcess:
     def _remove_cgroup(self) -> None:
         for path in sorted(Path(self.cgroup).rglob("*"), key=lambda one: -len(str(one))):
             if path.is_dir():
-                left = (path / "cgroup.procs").read_text().split()
-                assert not left, f"processes were left in {path}: {left}; {self.log_text()}"
+                for pid in (path / "cgroup.procs").read_text().split():
+                    try:
+                        wait_gone(int(pid), 2.0)  # a start that has just failed may still be ending
+                    except AssertionError as error:
+                        raise AssertionError(f"{error} in {path}; {self.log_text()}") from None
                 path.rmdir()
         os.rmdir(self.cgroup)
 

@@ -18,9 +18,8 @@ import pytest
 from grpc import aio
 
 from tests.attacks import SOURCE
-from tests.contract.guest_process import METADATA, AgentProcess, Client, reason, wait_gone
+from tests.contract.guest_process import AgentProcess, Client, reason, wait_gone
 from voidbox.common.v1 import common_pb2
-from voidbox.guest.v1 import guest_pb2 as pb
 
 # What only the filter refuses even to root; the rest of the attacks needs a guest.
 FILTERED = {
@@ -213,15 +212,12 @@ async def test_limits_that_the_kernel_cannot_enforce_fail_the_claim() -> None:
             assert (await client.sh("echo still unclaimed")).code == 0
 
 
-async def test_the_confinement_outlives_the_agent(listed: Client) -> None:
-    result = await listed.sh("echo $PPID")
-    pid1 = int(result.stdout)
-    [agent] = [
-        int(pid)
-        for pid in Path(f"/proc/{pid1}/task/{pid1}/children").read_text().split()
-        if Path(f"/proc/{pid}/cmdline").read_bytes() == Path(f"/proc/{pid1}/cmdline").read_bytes()
-    ]
-    os.kill(agent, 9)
-    wait_gone(agent)
-    await listed.stub.GetGuest(pb.GetGuestRequest(), metadata=METADATA, wait_for_ready=True, timeout=20)
-    assert (await listed.sh("env ls /")).code == 126
+async def test_the_confinement_outlives_the_agent() -> None:
+    with AgentProcess() as process:
+        async with process.client(claim=False) as client:
+            await client.claim(confinement=common_pb2.Confinement(allowed_programs=["sh", "env"]))
+        agent = process.agent_pid()
+        os.kill(agent, 9)
+        wait_gone(agent)
+        async with process.client(claim=False) as client:
+            assert (await client.sh("env ls /")).code == 126
