@@ -140,10 +140,14 @@ complete_words voidbox exec --mem
 complete_words voidbox --output ""
 complete_words voidbox image pu
 complete_words voidbox exec -- --mem
+complete_words voidbox image export some/image --fo
+complete_words voidbox --output json image export --compression ""
+complete_words voidbox image build-guest --kernel s
 """
     )
     done = subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["stop stats status", "--memory-mb", "human json", "pull push", ""]
+    assert done.stdout.splitlines() == ["stop stats status", "--memory-mb", "human json", "pull push", "",
+        "--force --format", "none gzip zstd lz4", "slim"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
