@@ -25,6 +25,7 @@ from services.imager.guest_image import build_guest_image
 from services.imager.guest_store import GuestImage, load_guest_image
 from tests.bench import floor
 from tests.bench.disks import disk_rows
+from tests.bench.restores import forks, pooled, restores
 from tests.bench.row import Row
 from tests.vm import Client, HypervisorProcess
 
@@ -48,6 +49,7 @@ async def cold_boot(client: Client, image: GuestImage, runs: int, scratch: Path)
             kernel_path=str(image.kernel),
             initramfs_path=str(image.initramfs),
             resources={"memory_mib": MEMORY_MIB},
+            cold_boot=True,
         )
         ended, _, _ = await client.run(box, "true")
         values.append(time.monotonic() - started)
@@ -128,10 +130,13 @@ async def measure(runs: int, console: Console) -> list[Row]:
         async with hypervisor.connected() as client:
             for image in await images(Paths.from_env(os.environ).cache, console):
                 rows.append(await cold_boot(client, image, runs, Path(scratch)))
+                rows += await restores(client, image, MEMORY_MIB, runs, Path(scratch), console)
+            rows.append(await forks(client, runs, console))
             await client.create("bench")
             rows.append(await round_trip(client, "bench", runs * 4))
             rows.append(await throughput(client, "bench", runs))
             await client.delete("bench")
+    rows.append(await pooled(runs, console))
     return rows
 
 

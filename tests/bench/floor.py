@@ -25,6 +25,11 @@ exec /bin/busybox poweroff -f
 
 def busybox_initramfs(guest_initramfs: Path) -> bytes:
     """An initramfs of nothing but the guest image's busybox and a two-line init."""
+    return initramfs_of(guest_initramfs, INIT)
+
+
+def initramfs_of(guest_initramfs: Path, init: str) -> bytes:
+    """An initramfs of nothing but the guest image's busybox and this init."""
     entries = {entry.name: entry for entry in cpio.read_archive(guest_initramfs.read_bytes())}
     busybox = entries["bin/busybox"]
     assert isinstance(busybox.content, bytes)
@@ -32,7 +37,7 @@ def busybox_initramfs(guest_initramfs: Path) -> bytes:
     cpio.write_archive(
         [
             cpio.file("bin/busybox", busybox.content, 0o755),
-            cpio.file("init", INIT.encode(), 0o755),
+            cpio.file("init", init.encode(), 0o755),
             cpio.character_device("dev/console", 5, 1, 0o600),
         ],
         out,
