@@ -246,6 +246,11 @@ class Box:
         except OSError as error:
             raise Internal(f"box {self.id}: its secret is lost: {error.strerror}", reason="LOST") from error
         self._guest = guest = Guest(machine.guest_channel(), secret)
+        if self.record.capturing:
+            log.warning("box %s was being saved when the service ended", self.id)
+            await machine.recover()
+            await self._unless_ended(guest.freeze(False))
+            self._update(capturing=False)
         paused = await machine.paused()
         if not paused:
             boot_id = await self._unless_ended(guest.boot_id(ADOPT_SECONDS))
@@ -464,12 +469,15 @@ class Box:
                 began = time.monotonic()
                 await guest.freeze(True)
 
+            # On disk first: a service that dies now leaves a machine that stands still.
+            self._update(capturing=True)
             with self.in_use():
                 try:
                     await self._unless_ended(machine.capture(into, layers, stand_still))
                 finally:
                     if began:
                         await self._unless_ended(guest.freeze(False))
+                    self._update(capturing=False)
                 into.facts |= {"secret": guest.metadata[0][1].hex(), "frozen": True}
                 return time.monotonic() - began
 

@@ -114,6 +114,10 @@ class Machine(Protocol):
         """
         ...
 
+    async def recover(self) -> None:
+        """Bring a machine that was left in the middle of `capture` back to life: running, reachable."""
+        ...
+
     async def save(self, into: Saved) -> None:
         """Take out the vsock device, stop the machine and save it; it stays stopped.
 

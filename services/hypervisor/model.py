@@ -153,4 +153,5 @@ class BoxRecord:
     vmm_pid: int = 0
     host_boot_id: str = ""
     origin: str = "boot"
+    capturing: bool = False
     phases: tuple[Phase, ...] = ()

@@ -379,6 +379,17 @@ class QemuMachine:
                 await self._plug_vsock(self._vsock, 1 - port)
                 await self._monitor.execute("cont")
 
+    async def recover(self) -> None:
+        """See `Machine.recover`; where it was left is not known, so its vsock device is plugged in anew."""
+        if self._vsock is None:
+            raise WrongState("it is not known how its vsock device is plugged in", reason="NOT_RESTORED")
+        await self._monitor.execute("cont")
+        for port in await self._monitor.vsock_ports():
+            await self._monitor.unplug_vsock(port, self._vsock.transport)
+            self._vsock_port = port
+        await self._monitor.forget_backends()
+        await self._plug_vsock(self._vsock, 1 - self._vsock_port)
+
     async def save(self, into: Saved) -> None:
         """See `Machine.save`."""
         assert self._vsock is not None

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from services.hypervisor import qmp, saved
-from services.hypervisor.argv import EMULATED_CPU, TRANSLATION_MIB, kernel_command_line
+from services.hypervisor.argv import EMULATED_CPU, kernel_command_line
 from services.hypervisor.inotify import FileWatch
 from services.hypervisor.model import Accelerator
 from services.hypervisor.monitor import Monitor

@@ -136,6 +136,9 @@ class FakeMachine:
             (layers / path.name).write_bytes(path.read_bytes())
         await self.save(into)
 
+    async def recover(self) -> None:
+        raise AssertionError("machines end with this process")
+
     async def save(self, into: Saved) -> None:
         os.pwrite(into.devices_fd, b"fake devices", 0)
         os.pwrite(into.memory_fd, b"fake memory", 4096)
