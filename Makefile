@@ -113,14 +113,14 @@ test-agents: setup-dev ## Fetch the real agents' programs and run them in a box 
 
 FUZZ ?= layers
 FUZZ_SECONDS ?= 60
-fuzz: setup-dev ## Fuzz the imager: make fuzz FUZZ=layers|manifests|references FUZZ_SECONDS=60
+fuzz: setup-dev ## Fuzz the imager: make fuzz FUZZ=layers|manifests|references|archives FUZZ_SECONDS=60
 	@test -d .build/atheris || $(BIN)/python -m pip install -q --disable-pip-version-check --target .build/atheris atheris==3.0.0
 	@mkdir -p .build/fuzz-$(FUZZ)
 	@PYTHONPATH=.build/atheris:. $(BIN)/python -m tests.fuzz.imager $(FUZZ) -max_total_time=$(FUZZ_SECONDS) .build/fuzz-$(FUZZ)
 
-test-compose: setup-dev ## Build and test the docker-compose stack on a real Docker engine
+test-compose: setup-dev ## Test images and the docker-compose stack on a real Docker engine
 	@docker compose version >/dev/null 2>&1 || tools/system-packages $(COMPOSE_PACKAGES)
-	@VOIDBOX_TEST_COMPOSE=1 $(BIN)/pytest tests/integration/test_compose.py
+	@VOIDBOX_TEST_COMPOSE=1 $(BIN)/pytest tests/integration/test_imager_docker.py tests/integration/test_compose.py
 
 clean: down ## Remove all that was built in this folder
 	@rm -rf $(VENV) $(TOOLS) .build $(NODE)/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

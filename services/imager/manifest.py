@@ -33,6 +33,7 @@ _LAYER_PREFIXES: Final = (
 )
 _LAYER_SUFFIXES: Final = {"", "+gzip", ".gzip", "+zstd", ".zstd"}
 _MAX_MANIFESTS: Final = 4096
+_MAX_URLS: Final = 8
 _ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
 # Names that builders and kernels use, in Go's words (containerd, platforms/database.go).
 _ALIASES: Final = {
@@ -112,13 +113,18 @@ def host_default() -> Platform:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descriptor:
-    """A pointer to content by digest."""
+    """A pointer to content by digest.
+
+    Attributes:
+        urls: Where else it is, for layers that registries may not hand on ("foreign").
+    """
 
     media_type: str
     digest: str
     size: int
     platform: Platform | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
+    urls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,4 +369,5 @@ def _descriptor(reader: _Reader) -> Descriptor:
         size=size,
         platform=platform,
         annotations=reader.mapping("annotations"),
+        urls=tuple(reader.strings("urls")[:_MAX_URLS]),
     )

@@ -10,7 +10,9 @@ import contextlib
 import logging
 import re
 import time
+from collections.abc import Callable
 from typing import Any, Final, Self
+from urllib.parse import urlsplit
 
 import oras.container
 import oras.provider
@@ -32,6 +34,7 @@ __all__ = ["RegistrySettings", "RegistrySource"]
 log = logging.getLogger(__name__)
 
 _CHUNK: Final = 1 << 18
+_FOREIGN: Final = re.compile(r"\.(?:foreign|nondistributable)\.")
 
 
 class _Oras(oras.provider.Registry):  # type: ignore[misc]
@@ -96,7 +99,7 @@ class RegistrySource:
     ) -> None:
         self._reference = reference
         self._settings, self._limits, self._cancel = settings, limits, cancel
-        plain = insecure or reference.is_loopback
+        plain = self._plain = insecure or reference.is_loopback
         if insecure and not reference.is_loopback:
             log.warning("%s: plain HTTP is allowed; anybody on the way can replace the image", reference)
         self._session = Session(settings, plain)
@@ -144,11 +147,44 @@ class RegistrySource:
     def fetch(self, descriptor: Descriptor, sink: BlobSink) -> None:
         """Bring `sink` the rest of a blob; a broken download goes on where it stopped."""
 
+        try:
+            self._fetch(descriptor, sink, lambda headers: self._request(self._blob_url(descriptor), headers))
+        except NotFound:
+            if not descriptor.urls or not _FOREIGN.search(descriptor.media_type):
+                raise
+            self._fetch_foreign(descriptor, sink)
+
+    def _fetch_foreign(self, descriptor: Descriptor, sink: BlobSink) -> None:
+        """A layer that its maker alone hands out: without our login, whatever the address."""
+        for number, url in enumerate(descriptor.urls):
+            scheme = urlsplit(url).scheme
+            if scheme != "https" and not (scheme == "http" and self._plain):
+                raise Denied(
+                    f"{self._reference}: layer {descriptor.digest} is at {url[:200]!r}, which is not https",
+                    reason="INSECURE_REDIRECT",
+                )
+            try:
+                self._fetch(
+                    descriptor,
+                    sink,
+                    lambda headers, url=url: self._session.request("GET", url, headers=headers, stream=True),  # type: ignore[misc]
+                )
+                return
+            except (NotFound, Denied, Unauthenticated, Unavailable):
+                if number == len(descriptor.urls) - 1:
+                    raise
+
+    def _fetch(
+        self,
+        descriptor: Descriptor,
+        sink: BlobSink,
+        request: Callable[[dict[str, str]], requests.Response],
+    ) -> None:
         def get() -> None:
             if sink.count >= descriptor.size:
                 return
             headers = {"Range": f"bytes={sink.count}-"} if sink.count else {}
-            with self._request(self._blob_url(descriptor), headers) as response:
+            with request(headers) as response:
                 if sink.count and not _continues(response, sink.count):
                     sink.reset()
                     if response.status_code != 200:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -715,3 +716,122 @@ def test_a_login_never_shows_in_errors_or_reprs(hostile: Hostile, tmp_path: Path
         store(tmp_path / "c", RegistrySettings(auth_files=(auth,))).pull(f"{hostile.host}/app:t")
     assert "s3cret" not in repr(caught.value.__dict__) + caught.value.message
     assert shutil.disk_usage(tmp_path).free > 0
+
+
+def reset(data: bytes) -> Answer:
+    """Sends the beginning, then resets the connection (RST instead of FIN)."""
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[:1000])
+        handler.wfile.flush()
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        handler.connection.close()
+        handler.close_connection = True
+
+    return answer
+
+
+def test_a_reset_connection_is_tried_again(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    hostile.answers[path] = first_then(1, reset(hostile.blobs[path]), hostile.answers[path])
+    images = store(tmp_path)
+    images.disk(images.pull(f"{hostile.host}/app:t"))
+
+
+@pytest.mark.parametrize("length", [-1, 1])
+def test_a_length_that_lies_does_not_change_what_arrives(
+    hostile: Hostile, tmp_path: Path, length: int
+) -> None:
+    """One byte less than the layer has, or one more."""
+    path = hostile.serve_image()[0]
+    data, sound = hostile.blobs[path], hostile.answers[path]
+
+    def lie(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data) + length))
+        handler.end_headers()
+        handler.wfile.write(data)
+        handler.close_connection = True
+
+    hostile.answers[path] = first_then(1, lie, sound)
+    images = store(tmp_path)
+    images.disk(images.pull(f"{hostile.host}/app:t"))
+
+
+def test_a_layer_without_a_length_is_read_to_its_end(hostile: Hostile, tmp_path: Path) -> None:
+    path = hostile.serve_image()[0]
+    data = hostile.blobs[path]
+
+    def chunked(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for at in range(0, len(data), 100_000):
+            piece = data[at : at + 100_000]
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        handler.wfile.write(b"0\r\n\r\n")
+
+    hostile.answers[path] = chunked
+    images = store(tmp_path)
+    images.disk(images.pull(f"{hostile.host}/app:t"))
+
+
+def test_a_giant_index_is_refused(hostile: Hostile, tmp_path: Path) -> None:
+    index = "application/vnd.oci.image.index.v1+json"
+    entry = {"mediaType": OCI, "digest": "sha256:" + "0" * 64, "size": 1}
+    data = json.dumps({"schemaVersion": 2, "mediaType": index, "manifests": [entry] * 5000}).encode()
+    hostile.answers["/v2/app/manifests/t"] = body(data, index)
+    with pytest.raises(InvalidInput, match="an index of 5000 manifests"):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1"])
+def test_a_redirect_away_from_http_is_not_followed(hostile: Hostile, tmp_path: Path, target: str) -> None:
+    path = hostile.serve_image()[0]
+    hostile.answers[path] = status(302, Location=target)
+    with pytest.raises(Denied, match="not followed"):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
+
+
+def serve_foreign(hostile: Hostile, *urls: str) -> str:
+    """An image whose only layer is said to be at `urls`; returns the layer's path in the registry."""
+    path = hostile.serve_image(tars=[TARS[0]])[0]
+    layer = hostile.blobs[path]
+    config = next(blob for name, blob in hostile.blobs.items() if name != path)
+    kind = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+    manifest = {
+        "schemaVersion": 2,
+        "config": described(config, "application/vnd.oci.image.config.v1+json"),
+        "layers": [{**described(layer, kind), "urls": list(urls)}],
+    }
+    hostile.answers["/v2/app/manifests/t"] = body(json.dumps(manifest).encode(), OCI)
+    return path
+
+
+def test_a_foreign_layer_is_fetched_from_where_its_maker_keeps_it(hostile: Hostile, tmp_path: Path) -> None:
+    """Without the login for the registry."""
+    elsewhere = Hostile()
+    try:
+        path = serve_foreign(hostile, f"http://{elsewhere.host}/gone", f"http://{elsewhere.host}/layer")
+        elsewhere.answers["/layer"] = hostile.answers.pop(path)
+        images = store(tmp_path)
+        images.disk(images.pull(f"{hostile.host}/app:t"))
+        assert [asked for asked, _ in elsewhere.requests] == ["/gone", "/layer"]
+        assert not any("Authorization" in headers for _, headers in elsewhere.requests)
+    finally:
+        elsewhere.close()
+
+
+def test_a_foreign_layer_that_the_registry_has_is_taken_from_it(hostile: Hostile, tmp_path: Path) -> None:
+    serve_foreign(hostile, "https://registry.invalid/layer")
+    images = store(tmp_path)
+    images.disk(images.pull(f"{hostile.host}/app:t"))
+
+
+def test_a_foreign_layer_at_no_web_address_is_refused(hostile: Hostile, tmp_path: Path) -> None:
+    del hostile.answers[serve_foreign(hostile, "file:///etc/passwd")]
+    with pytest.raises(Denied, match="not https"):
+        store(tmp_path).pull(f"{hostile.host}/app:t")
