@@ -341,9 +341,13 @@ class Attempt:
             reason = f"its time limit of {planned.timeout:g} s has passed"
             return Outcome(state=StageState.TIMED_OUT, reason=reason, failure_class=FailureClass.TIMEOUT)
         if end.kill_reason == KILLED_OUT_OF_MEMORY:
-            reason = (
-                f"the box's memory of {planned.machine.memory_mib} MiB is used up; raise sandbox.memory_mb"
-            )
+            machine = planned.machine
+            if machine.limits.memory_mb and machine.limits.memory_mb < machine.memory_mib:
+                where, size = "limit of memory", machine.limits.memory_mb
+                cure = "raise sandbox.limits.memory_mb"
+            else:
+                where, size, cure = "memory", machine.memory_mib, "raise sandbox.memory_mb"
+            reason = f"the box's {where} of {size} MiB is used up; {cure}"
             return Outcome(state=StageState.FAILED, reason=reason, failure_class=FailureClass.EXHAUSTED)
         if end.kill_reason in (KILLED_CANCELLED, KILLED_ABANDONED):
             reason = "its program was stopped from outside the run"

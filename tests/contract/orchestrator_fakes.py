@@ -102,6 +102,8 @@ class Process:
                 code = await program(self) or 0
         except TimeoutError:
             reason = guest_pb2.KILL_REASON_TIMEOUT
+        except MemoryError:
+            reason = guest_pb2.KILL_REASON_OUT_OF_MEMORY
         except asyncio.CancelledError:
             reason = guest_pb2.KILL_REASON_CANCELLED
         self.end = guest_pb2.ExecExit(

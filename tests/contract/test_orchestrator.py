@@ -22,6 +22,7 @@ from services.orchestrator.__main__ import running
 from services.orchestrator.config import Config
 from services.orchestrator.store import Store
 from tests.contract.orchestrator_fakes import ERR, Fakes, Process, tar_of
+from voidbox.common.v1 import common_pb2
 from voidbox.imager.v1 import imager_pb2
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 from voidbox.orchestrator.v1 import orchestrator_pb2_grpc
@@ -457,6 +458,33 @@ async def test_workflow_has_no_level_barrier(harness: Harness) -> None:
     ]
     run = await harness.run({"kind": "workflow", "name": "w", "workflow": {"steps": steps}})
     assert run.state == pb.RUN_STATE_SUCCEEDED
+
+
+async def test_limits_and_the_list_of_programs_reach_the_hypervisor(harness: Harness) -> None:
+    given: list[common_pb2.Confinement] = []
+
+    async def eat(process: Process) -> int:
+        given.append(process.box.config.confinement)
+        raise MemoryError
+
+    harness.fakes.programs |= {"eat": eat}
+    limits = {"memory_mb": 64, "processes": 9, "cpu_percent": 50, "open_files": 99, "file_size_mb": 2}
+    run = await harness.run(
+        {
+            "kind": "pipeline",
+            "name": "p",
+            "sandbox": {"limits": limits, "allowed_commands": ["eat", "/opt"]},
+            "pipeline": {"boxes": [{"name": "eat", "run": {"program": "eat"}}]},
+        }
+    )
+    assert list(given[0].allowed_programs) == ["eat", "/opt"]
+    assert (given[0].limits.memory_bytes, given[0].limits.processes, given[0].limits.cpu_millis) == (
+        64 << 20,
+        9,
+        500,
+    )
+    assert (given[0].limits.open_files, given[0].limits.file_size_bytes) == (99, 2 << 20)
+    assert "raise sandbox.limits.memory_mb" in str(run)
 
 
 async def test_sandbox_stays_until_it_is_stopped(harness: Harness) -> None:

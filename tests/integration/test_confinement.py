@@ -7,6 +7,7 @@ host's own kernel, without a machine, are in `tests/contract/test_guest_confinem
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from tests.attacks import SOURCE
 from tests.vm import Client, HypervisorProcess
 from voidbox.common.v1 import common_pb2
+from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 
 pytestmark = pytest.mark.vm
 
@@ -103,3 +105,22 @@ async def test_the_box_goes_on_after_its_programs_hit_the_limits(limited: tuple[
         assert exit_.signal == 9
         _, out, _ = await client.run(box, "sh", "-c", "echo fine")
         assert out == b"fine\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a plain user's service has no privilege to lose")
+async def test_a_host_that_allows_no_namespaces_runs_boxes_by_landlock_and_says_so() -> None:
+    """As in a container: root without CAP_SYS_ADMIN."""
+    command = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", "--"]
+    with HypervisorProcess(command=command) as service:
+        async with service.connected() as client:
+            box = await client.create("landlocked", cold_boot=True)
+            assert os.readlink(f"/proc/{box.vmm_pid}/ns/net") == os.readlink("/proc/self/ns/net")
+            _, out, _ = await client.run("landlocked", "echo", "hello")
+            assert out == b"hello\n"
+            told = await client.hypervisor.GetCapabilities(pb.GetCapabilitiesRequest())
+            [probe] = [probe for probe in told.probes if probe.name == "confinement"]
+            assert not probe.usable
+            assert probe.detail.startswith("Landlock (version "), probe.detail
+            assert "missing" in probe.detail
+            await client.delete("landlocked")
+        assert "not wholly confined" in service.log.read_text()
