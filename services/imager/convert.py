@@ -17,6 +17,7 @@ from services.imager.images import CachedImage
 from services.imager.manifest import Platform, host_default
 from services.imager.progress import Progress
 from services.imager.pull import PullPolicy
+from services.imager.stored import StoredContent
 from services.imager.verify import Damage
 from voidbox.common.v1 import common_pb2
 from voidbox.imager.v1 import imager_pb2
@@ -91,6 +92,19 @@ def piece_to(part: bytes | int) -> imager_pb2.ExportImageResponse:
     if isinstance(part, int):
         return imager_pb2.ExportImageResponse(zeros=part)
     return imager_pb2.ExportImageResponse(data=part)
+
+
+def stored_to(item: StoredContent) -> imager_pb2.StoredContent:
+    """A piece of the cache that is no image."""
+    return imager_pb2.StoredContent(
+        kind=item.kind,
+        name=item.name,
+        digest=common_pb2.Digest(value=item.digest),
+        path=str(item.path),
+        size_bytes=item.size_bytes,
+        use_time=_timestamp(item.use_time),
+        is_default=item.is_default,
+    )
 
 
 def damage_to(damage: Damage) -> imager_pb2.DamagedContent:

@@ -13,24 +13,37 @@ from services.imager.ext4 import WRITER_VERSION
 from services.imager.images import CachedImage, Catalog
 from services.imager.limits import Cancel
 from services.imager.partial import drop_partial
+from services.imager.reference import is_digest
+from services.imager.stored import remove_stored, stored_disks
 
 
 class Housekeeper:
-    """Works on one catalog. Everything here blocks, and waits for pulls and builds under way."""
+    """Works on one catalog. Everything here blocks, and waits for pulls and builds under way.
 
-    def __init__(self, catalog: Catalog) -> None:
+    Args:
+        home: The cache directory, which holds `guest/`.
+    """
+
+    def __init__(self, catalog: Catalog, home: Path | None = None) -> None:
         self._catalog = catalog
+        self._home = home or catalog.cache.root
         self._cache = catalog.cache
 
     def delete(self, reference: str, cancel: Cancel | None = None) -> int:
-        """Remove all platforms of a reference, or all references of a digest; return the bytes freed.
+        """Remove all platforms of a reference, or what a digest names; return the bytes freed.
+
+        A digest names images, or a guest image, or the disk of an agent or directory.
 
         Raises:
             NotFound: it is not in the cache.
-            WrongState: a running box uses its disk.
+            WrongState: a running box uses its disk, or it is the default guest image.
         """
         cancel = cancel or Cancel()
         with self._cache.lock(COLLECT_LOCK, cancel):
+            if is_digest(reference.strip()):
+                freed = remove_stored(self._cache, self._home, reference.strip(), cancel)
+                if freed is not None:
+                    return freed
             doomed = self._catalog.matching(reference)
             kept = [image for image in self._catalog.list_images() if image not in doomed]
             disks = self._disks_only_of(doomed, kept)
@@ -78,24 +91,12 @@ class Housekeeper:
                 removed.append(image.reference)
                 kept = rest
                 freed += self._collect(kept)
-            for path, name in self._standalone():
-                old = older_than_seconds is not None and now - path.stat().st_mtime > older_than_seconds
-                if (old or (max_size_bytes and self._total() > max_size_bytes)) and not in_use(path):
-                    removed.append(name)
-                    freed += _remove(path) + _remove(path.with_suffix(".json"))
+            for item in stored_disks(self._cache):
+                old = older_than_seconds is not None and now - item.use_time > older_than_seconds
+                if (old or (max_size_bytes and self._total() > max_size_bytes)) and not in_use(item.path):
+                    removed.append(f"{item.kind} {item.name} {item.digest}")
+                    freed += _remove(item.path) + _remove(item.path.with_suffix(".json"))
         return removed, freed
-
-    def _standalone(self) -> list[tuple[Path, str]]:
-        """Disks of agents and directories with names for people, the least recently used first."""
-        found = []
-        for key in self._cache.record_keys("agents"):
-            record = self._cache.read_record("agents", key) or {}
-            name = f"agent {record.get('agent', '?')} {record.get('agent_version', '?')}"
-            found.append((self._cache.root / "agents" / f"{key}.ext4", name))
-        for key in self._cache.record_keys("disks"):
-            if "contents" in (self._cache.read_record("disks", key) or {}):
-                found.append((self._cache.root / "disks" / f"{key}.ext4", f"directory sha256:{key}"))
-        return sorted((item for item in found if item[0].exists()), key=lambda item: item[0].stat().st_mtime)
 
     def _disks_only_of(self, doomed: list[CachedImage], kept: list[CachedImage]) -> list[Path]:
         chains = {image.config.diff_ids for image in doomed} - {image.config.diff_ids for image in kept}

@@ -29,6 +29,7 @@ from services.imager.progress import Progress, Report
 from services.imager.prune import Housekeeper
 from services.imager.pull import ImageStore
 from services.imager.push import push_image
+from services.imager.stored import StoredContent, stored_disks, stored_guests
 from services.imager.verify import Verifier
 from voidbox.common.v1 import common_pb2
 from voidbox.imager.v1 import imager_pb2, imager_pb2_grpc
@@ -56,7 +57,7 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
         self._store = store
         self._guests = GuestRegistry(store, cache)
         self._agents = AgentStore(store.cache, store.limits, build_env)
-        self._keeper = Housekeeper(store.catalog)
+        self._keeper = Housekeeper(store.catalog, cache)
         self._verifier = Verifier(store.catalog, cache, store.limits)
         self._jobs = jobs
         self._cache = cache
@@ -135,10 +136,16 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
         size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
         start = int(request.page_token or 0)
         images = await self._jobs.run(lambda _: self._store.catalog.list_images())
+        stored: list[StoredContent] = []
+        if request.include_stored and start == 0:
+            stored = await self._jobs.run(
+                lambda _: [*stored_guests(self._cache), *stored_disks(self._store.cache)]
+            )
         more = start + size < len(images)
         return imager_pb2.ListImagesResponse(
             images=[convert.image_to(image) for image in images[start : start + size]],
             next_page_token=str(start + size) if more else "",
+            stored=[convert.stored_to(item) for item in stored],
         )
 
     async def DeleteImage(

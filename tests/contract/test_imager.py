@@ -29,12 +29,14 @@ from services.common.errors import (
     NotFound,
     Unavailable,
     VoidboxError,
+    WrongState,
     from_rpc_error,
 )
 from services.common.paths import Paths
 from services.imager.__main__ import running
 from services.imager.config import Config
 from services.imager.ext4_format import SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, unpack_superblock
+from tests.guest_images import guest_at
 from tests.imager_images import Item, directory, make_layout, make_tar
 from voidbox.imager.v1 import imager_pb2 as pb
 from voidbox.imager.v1 import imager_pb2_grpc
@@ -311,6 +313,25 @@ def file_digest(path: Path) -> bytes:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+async def test_guest_images_are_listed_when_asked_for_and_removed_unless_default(imager: Imager) -> None:
+    default, other = guest_at(imager.cache, default=True), guest_at(imager.cache)
+    plain = await imager.one(imager.stub.ListImages(pb.ListImagesRequest()))
+    assert list(plain.stored) == []
+    listed = await imager.one(imager.stub.ListImages(pb.ListImagesRequest(include_stored=True)))
+    assert {(item.kind, item.name, item.digest.value, item.is_default) for item in listed.stored} == {
+        ("guest image", "kernel 6.1.0-test (debian)", default, True),
+        ("guest image", "kernel 6.1.0-test (debian)", other, False),
+    }
+    with pytest.raises(WrongState, match="default guest image"):
+        await imager.one(imager.stub.DeleteImage(pb.DeleteImageRequest(reference=default)))
+    freed = await imager.one(imager.stub.DeleteImage(pb.DeleteImageRequest(reference=other)))
+    assert freed.freed_bytes > 100_000
+    left = {path.name for path in (imager.cache / "guest").iterdir()}
+    assert left == {"default", "lock", default.removeprefix("sha256:")}
+    with pytest.raises(NotFound, match="voidbox image ls"):
+        await imager.one(imager.stub.DeleteImage(pb.DeleteImageRequest(reference=other)))
 
 
 async def exported(imager: Imager, **more: Any) -> bytes:

@@ -35,6 +35,7 @@ from services.imager.cache import ImageCache
 from services.imager.images import Catalog
 from services.imager.limits import Cancel, Limits
 from services.imager.prune import Housekeeper
+from services.imager.stored import AGENT, stored_disks
 from services.imager.terminal import network_env
 from services.imager.verify import Verifier
 from tests.imager_images import Item, check_ext4, directory, make_tar, need, run, symlink
@@ -229,9 +230,21 @@ def test_damage_and_age_of_an_agents_disk_are_noticed(tmp_path: Path, tarball: P
     assert keeper.prune(older_than_seconds=3600)[0] == []
     os.utime(disk.path, (0, 0))
     removed, freed = keeper.prune(older_than_seconds=3600)
-    assert removed == ["agent tiny 1.0.0"]
+    assert removed == [f"agent disk tiny 1.0.0 {disk.digest}"]
     assert freed > 0
     assert list((tmp_path / "cache/agents").iterdir()) == []
+
+
+def test_an_agents_disk_is_listed_and_removed_by_its_digest(tmp_path: Path, tarball: Path) -> None:
+    disk = agents(tmp_path).disk(package_for(tarball), tarball=tarball).disk
+    catalog = Catalog(ImageCache(tmp_path / "cache"))
+    [item] = stored_disks(catalog.cache)
+    assert (item.kind, item.name, item.digest, item.path) == (AGENT, "tiny 1.0.0", disk.digest, disk.path)
+    keeper = Housekeeper(catalog)
+    assert keeper.delete(disk.digest) == item.size_bytes > 0
+    assert list((tmp_path / "cache/agents").iterdir()) == []
+    with pytest.raises(NotFound, match="voidbox image ls"):
+        keeper.delete(disk.digest)
 
 
 def test_every_pin_is_whole_and_for_both_processors() -> None:

@@ -26,9 +26,10 @@ from services.imager.limits import Cancel, Limits
 from services.imager.prune import Housekeeper
 from services.imager.tree_disk import build_tree_disk
 from services.imager.verify import Verifier
+from tests.guest_images import guest_at
 from tests.imager_images import Item, directory, make_layout, make_tar
 from tests.integration.test_imager_agents import made_tarball, package_for
-from tests.integration.test_imager_push import guest_at, guests, store
+from tests.integration.test_imager_push import guests, store
 from tests.registries import docker_registry
 
 WORKER = """
@@ -100,7 +101,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_a_killed_pull_of_a_guest_image_leaves_nothing_that_is_trusted(registry: str, tmp_path: Path) -> None:
-    digest = guest_at(tmp_path / "source", size=6 << 20)
+    digest = guest_at(tmp_path / "source", size=6 << 20, default=True)
     name = f"{registry}/killed:v1"
     guests(tmp_path / "source").push("default", name)
     chance = random.Random(2)
@@ -165,5 +166,5 @@ def test_disks_of_directories_and_for_reading_only_are_verified_and_age(tmp_path
     assert keeper.prune()[0] == []
     assert tree.path.exists(), "nothing refers to it, and it may be wanted any moment"
     os.utime(tree.path, (0, 0))
-    assert keeper.prune(older_than_seconds=3600)[0] == [f"directory {tree.digest}"]
+    assert keeper.prune(older_than_seconds=3600)[0] == [f"directory disk - {tree.digest}"]
     assert not tree.path.exists()

@@ -11,11 +11,9 @@ import hashlib
 import http.server
 import json
 import os
-import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,12 +29,13 @@ from services.common.errors import (
 from services.imager import guest_artifact
 from services.imager.cache import ImageCache
 from services.imager.guest_registry import GuestRegistry
-from services.imager.guest_store import file_sha256, image_digest, load_guest_image
+from services.imager.guest_store import load_guest_image
 from services.imager.limits import Cancel
 from services.imager.manifest import OCI_INDEX, OCI_MANIFEST, Platform
 from services.imager.pull import ImageStore, PullPolicy
 from services.imager.push import open_target, push_image, upload_all
 from services.imager.registry import RegistrySettings
+from tests.guest_images import guest_at
 from tests.imager_images import Item, make_layout, make_tar, need, run, sha256
 from tests.registries import HTPASSWD, docker_registry
 
@@ -244,26 +243,6 @@ def test_a_refusal_is_told_in_the_registrys_own_words(tmp_path: Path) -> None:
 # --- guest images --------------------------------------------------------------------------------
 
 
-def guest_at(cache: Path, machine: int = 62, filling: int = 1, size: int = 1000) -> str:
-    """A guest image whose kernel says that it is for `machine`; its digest."""
-    made = cache / "guest" / "made"
-    made.mkdir(parents=True)
-    (made / "vmlinux").write_bytes(b"\x7fELF".ljust(18, b"\0") + struct.pack("<H", machine) + bytes(100_000))
-    (made / "initramfs.cpio").write_bytes(bytes([filling]) * 50_000 + os.urandom(size))
-    parts = {
-        name: {"sha256": file_sha256(made / file), "size": (made / file).stat().st_size}
-        for name, file in (("kernel", "vmlinux"), ("initramfs", "initramfs.cpio"))
-    }
-    digest = image_digest(parts["kernel"]["sha256"], parts["initramfs"]["sha256"])  # type: ignore[arg-type]
-    about: dict[str, Any] = {"digest": digest, **parts}
-    about["kernel"] |= {"release": "6.1.0-test", "flavor": "debian"}
-    (made / "manifest.json").write_text(json.dumps(about))
-    final = made.rename(made.with_name(digest.removeprefix("sha256:")))
-    (cache / "guest/default").unlink(missing_ok=True)
-    (cache / "guest/default").symlink_to(final.name)
-    return digest
-
-
 def guests(cache: Path, settings: RegistrySettings = FAST) -> GuestRegistry:
     """The guest images of a cache."""
     cache.mkdir(parents=True, exist_ok=True)
@@ -271,7 +250,7 @@ def guests(cache: Path, settings: RegistrySettings = FAST) -> GuestRegistry:
 
 
 def test_a_guest_image_comes_back_as_it_was_pushed(registry: str, tmp_path: Path) -> None:
-    digest = guest_at(tmp_path / "one")
+    digest = guest_at(tmp_path / "one", default=True)
     name = f"{registry}/guest:v1"
     index = guests(tmp_path / "one").push("default", name)
     assert guests(tmp_path / "one").push(digest, name) == index, "the same image, the same manifest"
@@ -300,11 +279,11 @@ def test_a_guest_image_comes_back_as_it_was_pushed(registry: str, tmp_path: Path
 
 def test_a_moved_tag_is_noticed_when_asked_always(registry: str, tmp_path: Path) -> None:
     name = f"{registry}/moving:v1"
-    first = guest_at(tmp_path / "one")
+    first = guest_at(tmp_path / "one", default=True)
     guests(tmp_path / "one").push("default", name)
     other = guests(tmp_path / "two")
     assert other.pull(name).digest == first
-    second = guest_at(tmp_path / "one", filling=2)
+    second = guest_at(tmp_path / "one", filling=2, default=True)
     guests(tmp_path / "one").push("default", name)
     assert other.pull(name).digest == first
     assert other.pull(name, policy=PullPolicy.ALWAYS).digest == second
@@ -314,7 +293,7 @@ def test_a_moved_tag_is_noticed_when_asked_always(registry: str, tmp_path: Path)
 def test_one_tag_holds_the_guest_images_of_several_architectures(registry: str, tmp_path: Path) -> None:
     name = f"{registry}/multi:v1"
     for place, machine in (("amd", 62), ("arm", 183), ("amd2", 62)):
-        guest_at(tmp_path / place, machine)
+        guest_at(tmp_path / place, machine, default=True)
         guests(tmp_path / place).push("default", name)
     other = guests(tmp_path / "other")
     expected = {AMD64: "amd2", ARM64: "arm"}
@@ -337,7 +316,7 @@ def test_what_is_no_guest_image_is_refused(registry: str, tmp_path: Path) -> Non
 def forged(registry: str, tmp_path: Path, change: str) -> str:
     """A guest image whose every digest is right for the registry, and which lies about its content."""
     cache = tmp_path / "evil"
-    guest_at(cache)
+    guest_at(cache, default=True)
     images = store(cache)
     image = load_guest_image(cache)
     config = json.loads(image.manifest.read_bytes())

@@ -121,11 +121,13 @@ def _show_guest(context: Context, image: pb.GuestImage) -> None:
 
 async def _list(context: Context, client: Client) -> None:
     images: list[pb.Image] = []
+    stored: list[pb.StoredContent] = []
     token = ""
     while True:
-        request = pb.ListImagesRequest(page_token=token)
+        request = pb.ListImagesRequest(page_token=token, include_stored=context.args.all)
         page = await client.call(partial(client.imager.ListImages, request, timeout=CALL_SECONDS))
         images += page.images
+        stored += page.stored
         token = page.next_page_token
         if not token:
             break
@@ -139,10 +141,26 @@ async def _list(context: Context, client: Client) -> None:
         )
         for image in images
     ]
-    context.screen.result(
-        table(("REFERENCE", "DIGEST", "PLATFORM", "SIZE", "PULLED"), rows, right=(3,)),
-        [_plain(image) for image in images],
-    )
+    text = table(("REFERENCE", "DIGEST", "PLATFORM", "SIZE", "PULLED"), rows, right=(3,))
+    data: Any = [_plain(image) for image in images]
+    if context.args.all:
+        text += "\n\n" + _stored_table(stored)
+        data = {"images": data, "stored": [_plain(item) for item in stored]}
+    context.screen.result(text, data)
+
+
+def _stored_table(stored: list[pb.StoredContent]) -> str:
+    rows = [
+        (
+            item.kind,
+            item.name + (" (default)" if item.is_default else ""),
+            item.digest.value,
+            size(item.size_bytes),
+            item.use_time.ToDatetime().strftime("%Y-%m-%d %H:%M"),
+        )
+        for item in stored
+    ]
+    return table(("KIND", "NAME", "DIGEST", "SIZE", "USED"), rows, right=(3,))
 
 
 async def _inspect(context: Context, client: Client) -> None:

@@ -358,11 +358,16 @@ def _add_image(image: Parser, shared: list[Parser]) -> None:
     push.add_argument("reference", metavar="REF", help="where to: HOST/NAME[:TAG]")
     push.add_argument("--guest", action="store_true", help="SOURCE is a guest image: its digest, or default")
     push.add_argument("--insecure", action="store_true", help="allow plain HTTP")
-    add("ls", "List cached images.")
+    listing = add("ls", "List cached images.")
+    listing.add_argument(
+        "-a", "--all", action="store_true", help="also guest images and disks of agents and directories"
+    )
     inspect = add("inspect", "Show a cached image.")
     inspect.add_argument("reference", metavar="REF", help="reference or digest")
     remove = add("rm", "Remove cached images.")
-    remove.add_argument("references", nargs="+", metavar="REF", help="reference or digest")
+    remove.add_argument(
+        "references", nargs="+", metavar="REF", help="reference, or digest of what `ls -a` shows"
+    )
     prune = add("prune", "Remove images that are not used.")
     prune.add_argument(
         "--older-than", type=_age, metavar="TIME", help="not used for so long: seconds, or 90m, 12h, 30d"

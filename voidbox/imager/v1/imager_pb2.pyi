@@ -484,19 +484,70 @@ class ListImagesRequest(google.protobuf.message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    INCLUDE_STORED_FIELD_NUMBER: builtins.int
     page_size: builtins.int
     """At most this many; 0 means 100."""
     page_token: builtins.str
     """`next_page_token` of the page before."""
+    include_stored: builtins.bool
+    """Whether guest images and disks of no image are wanted too."""
     def __init__(
         self,
         *,
         page_size: builtins.int = ...,
         page_token: builtins.str = ...,
+        include_stored: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["include_stored", b"include_stored", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
 
 global___ListImagesRequest = ListImagesRequest
+
+@typing.final
+class StoredContent(google.protobuf.message.Message):
+    """A guest image, or the disk of an agent or a directory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    USE_TIME_FIELD_NUMBER: builtins.int
+    IS_DEFAULT_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """"guest image", "agent disk" or "directory disk"."""
+    name: builtins.str
+    """What people call it."""
+    path: builtins.str
+    """Where it is on the imager's host."""
+    size_bytes: builtins.int
+    """Bytes that it occupies."""
+    is_default: builtins.bool
+    """Whether it is the guest image of boxes that name none."""
+    @property
+    def digest(self) -> voidbox.common.v1.common_pb2.Digest:
+        """Its digest, by which it can be deleted."""
+
+    @property
+    def use_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was last used."""
+
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        name: builtins.str = ...,
+        digest: voidbox.common.v1.common_pb2.Digest | None = ...,
+        path: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+        use_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        is_default: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["digest", b"digest", "use_time", b"use_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "is_default", b"is_default", "kind", b"kind", "name", b"name", "path", b"path", "size_bytes", b"size_bytes", "use_time", b"use_time"]) -> None: ...
+
+global___StoredContent = StoredContent
 
 @typing.final
 class ListImagesResponse(google.protobuf.message.Message):
@@ -506,19 +557,25 @@ class ListImagesResponse(google.protobuf.message.Message):
 
     IMAGES_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    STORED_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
     """Empty on the last page."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Image]:
         """The images."""
 
+    @property
+    def stored(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StoredContent]:
+        """What was asked for besides images; on the first page."""
+
     def __init__(
         self,
         *,
         images: collections.abc.Iterable[global___Image] | None = ...,
         next_page_token: builtins.str = ...,
+        stored: collections.abc.Iterable[global___StoredContent] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["images", b"images", "next_page_token", b"next_page_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["images", b"images", "next_page_token", b"next_page_token", "stored", b"stored"]) -> None: ...
 
 global___ListImagesResponse = ListImagesResponse
 
@@ -530,7 +587,7 @@ class DeleteImageRequest(google.protobuf.message.Message):
 
     REFERENCE_FIELD_NUMBER: builtins.int
     reference: builtins.str
-    """Reference or digest."""
+    """Reference or digest; the digest of a `StoredContent` removes that."""
     def __init__(
         self,
         *,
