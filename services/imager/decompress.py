@@ -1,8 +1,10 @@
 """Turns a layer blob into its tar bytes, verified, in two threads beside the parser's.
 
-The blob's size and sha256 and the tar's sha256 (the diff id) are computed on the way, so a blob
-is read once; a mismatch is raised at the end of the stream, before anything made from it may be
-used. ISA-L, zstd and sha256 release the interpreter's lock, so all three run at once. ISA-L
+The tar's sha256 is computed on the way and compared with the diff id at the end of the stream,
+before anything made from it may be used. That proves the blob too, which was checked when it was
+pulled: its own sum is computed only where no diff id is known, and to name the cause of an error.
+
+ISA-L, zstd and sha256 release the interpreter's lock, so all three threads run at once. ISA-L
 inflates in less than half of zlib's time: 0.35 s instead of 0.95 s for the 240 MB of a base system.
 """
 
@@ -54,9 +56,9 @@ class _Hasher:
 
 
 class _HashingReader(io.RawIOBase):
-    """Counts and hashes what passes; never reads past `size` + 1 bytes."""
+    """Counts what passes, and hashes it if there is a hasher; never reads past `size` + 1 bytes."""
 
-    def __init__(self, source: BinaryIO, size: int, hasher: _Hasher) -> None:
+    def __init__(self, source: BinaryIO, size: int, hasher: _Hasher | None) -> None:
         self._source = source
         self._left = size + 1
         self._hasher = hasher
@@ -69,7 +71,8 @@ class _HashingReader(io.RawIOBase):
         data = self._source.read(min(size if size >= 0 else _CHUNK, self._left))
         self._left -= len(data)
         self.count += len(data)
-        self._hasher.add(self._hasher.blob, data)
+        if self._hasher is not None:
+            self._hasher.add(self._hasher.blob, data)
         return data
 
 
@@ -131,7 +134,7 @@ class LayerReader:
     def _run(self) -> None:
         outcome: VoidboxError | None = _END
         hasher = _Hasher()
-        raw = _HashingReader(self._blob, self._size, hasher)
+        raw = _HashingReader(self._blob, self._size, hasher if self._diff_id is None else None)
         try:
             self._pump(raw, hasher)
         except VoidboxError as error:
@@ -154,7 +157,6 @@ class LayerReader:
         while raw.read(_CHUNK):
             pass
         hasher.finish()
-        found = f"sha256:{hasher.blob.hexdigest()}"
         if raw.count != self._size:
             more = "at least " if raw.count > self._size else ""
             return Corrupt(
@@ -162,11 +164,20 @@ class LayerReader:
                 reason="WRONG_SIZE",
                 digest=self._digest,
             )
+        found = f"sha256:{(hasher.blob if self._diff_id is None else self._hashed_again()).hexdigest()}"
         if found != self._digest:
             return Corrupt(
                 f"layer {self._digest} has the digest {found}", reason="WRONG_DIGEST", digest=self._digest
             )
         return None
+
+    def _hashed_again(self) -> hashlib._Hash:
+        """The sum of the whole blob, from its beginning: its bytes were only counted on the way."""
+        digest = hashlib.sha256()
+        self._blob.seek(0)
+        while data := self._blob.read(_CHUNK):
+            digest.update(data)
+        return digest
 
     def _pump(self, raw: _HashingReader, hasher: _Hasher) -> None:
         for data in _decompressed(raw):
@@ -182,9 +193,11 @@ class LayerReader:
                 )
             hasher.add(hasher.tar, data)
             self._queue.put(data)
-        if mismatch := self._mismatch(raw, hasher):
-            raise mismatch
+        hasher.finish()
         found = f"sha256:{hasher.tar.hexdigest()}"
+        proven = found == self._diff_id and not raw.read(_CHUNK) and raw.count == self._size
+        if not proven and (mismatch := self._mismatch(raw, hasher)):
+            raise mismatch
         if self._diff_id is not None and found != self._diff_id:
             raise Corrupt(
                 f"layer {self._digest} unpacks to {found}, the image's config says {self._diff_id}",

@@ -184,7 +184,7 @@ def _progress(layer: LayerBlob, done: int) -> Progress:
 
 
 class _Counting:
-    """A blob that reports how much of it has been read."""
+    """A blob that reports how much of it has been read, the first time."""
 
     def __init__(self, blob: Any, layer: LayerBlob, report: Report) -> None:
         self._blob, self._layer, self._report = blob, layer, report
@@ -198,6 +198,11 @@ class _Counting:
             self._reported = self._count
             self._report(_progress(self._layer, self._count))
         return data
+
+    def seek(self, position: int) -> int:
+        """As the file's own `seek`."""
+        moved: int = self._blob.seek(position)
+        return moved
 
 
 def disk_seeds(key: str) -> tuple[bytes, bytes]:

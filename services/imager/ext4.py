@@ -34,15 +34,13 @@ from services.imager.ext4_format import (
 from services.imager.ext4_groups import DATA_START, MAX_BLOCKS, GroupTables, gaps, plan_geometry
 from services.imager.ext4_inodes import InodeTable, live_ranges, number_inodes
 from services.imager.tree import Extent, Kind, Node, Tree
+from services.imager.writeback import WRITEBACK_BYTES, start_writeback
 
 WRITER_VERSION: Final = 1  # part of every cache key: raise it when the bytes of an image change
 _ZEROS: Final = bytes(BLOCK)
 _PADDING: Final = tuple(memoryview(_ZEROS)[used:] for used in range(BLOCK))  # of a block's last `used` bytes
 _GATHER_BYTES: Final = 1 << 20
 _GATHER_PIECES: Final = 1000  # less than IOV_MAX, 1024, with room for padding
-_SEND_BYTES: Final = 32 << 20
-_SYNC_WRITE: Final = 0x2  # SYNC_FILE_RANGE_WRITE, linux/fs.h
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 _PUNCH_HOLE: Final = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 _LEAF_BATCH: Final = 256  # directory blocks whose checksums are computed at once: 1 MiB
 
@@ -134,11 +132,9 @@ class Ext4Writer:
                 written += os.write(descriptor, rest[written:])
         self._waiting, self._waiting_bytes = [], 0
         self._unsent += total
-        if self._unsent >= _SEND_BYTES:
+        if self._unsent >= WRITEBACK_BYTES:
             self._unsent = 0
-            # Begin to bring it to the disk below: the sync at the end then has little to wait for.
-            if _sync_file_range is not None:
-                _sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_WRITE)
+            start_writeback(descriptor)
 
     def finish(
         self, tree: Tree, *, size_bytes: int | None = None, free_bytes: int = 0, read_only: bool = False

@@ -21,6 +21,7 @@ from services.imager.cache import ImageCache, disk_errors, hex_part
 from services.imager.limits import Cancel
 from services.imager.manifest import Descriptor
 from services.imager.progress import Progress, Report
+from services.imager.writeback import WRITEBACK_BYTES, start_writeback
 
 _CHUNK: Final = 1 << 20
 _KEPT_SECONDS: Final = 7 * 86400  # a pull that nobody takes up for so long has been given up
@@ -97,6 +98,8 @@ class PartialBlob:
             while view:
                 view = view[os.write(self._handle, view) :]
         self._digest.update(data)
+        if (self.count + len(data)) // WRITEBACK_BYTES > self.count // WRITEBACK_BYTES:
+            start_writeback(self._handle)
         self.count += len(data)
         self._report(downloaded(self._descriptor, self.count))
 

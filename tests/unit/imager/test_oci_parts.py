@@ -167,12 +167,14 @@ def test_gaps_are_what_ranges_leave() -> None:
 # --- decompression -------------------------------------------------------------------------------
 
 
-def unpacked(blob: bytes, tar: bytes, *, limit: int = 1 << 30, digest: str = "", size: int = -1) -> bytes:
+def unpacked(
+    blob: bytes, tar: bytes | None, *, limit: int = 1 << 30, digest: str = "", size: int = -1
+) -> bytes:
     with LayerReader(
         io.BytesIO(blob),
         digest=digest or sha256(blob),
         size=len(blob) if size < 0 else size,
-        diff_id=sha256(tar),
+        diff_id=None if tar is None else sha256(tar),
         limit=limit,
     ) as reader:
         return b"".join(reader)
@@ -202,8 +204,13 @@ def test_every_cut_of_a_blob_is_noticed(how: str) -> None:
 def test_what_is_wrong_is_named() -> None:
     data = os.urandom(1000)
     blob = compress(data, "gzip")
+    other = "sha256:" + "0" * 64
+    for tar in (None, b"other"):  # the wrong blob is the deeper cause of a wrong tar
+        with pytest.raises(Corrupt, match="has the digest"):
+            unpacked(blob, tar, digest=other)
     with pytest.raises(Corrupt, match="has the digest"):
-        unpacked(blob, data, digest="sha256:" + "0" * 64)
+        unpacked(blob[:-9], data, digest=other, size=len(blob) - 9)
+    assert unpacked(blob, data, digest=other) == data  # the right tar is what counts
     with pytest.raises(Corrupt, match="its descriptor says 5"):
         unpacked(blob, data, size=5)
     with pytest.raises(Corrupt, match="config says"):
