@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -220,8 +221,9 @@ class GuestRegistry:
         record = self._store.cache.read_record("guests", self._record(parsed, wanted))
         try:
             image = load_guest_image(self._cache, str((record or {})["guest_image"]))
+            os.utime(image.directory)  # used now: the oldest are removed first
             return image, str((record or {})["manifest"])
-        except (KeyError, VoidboxError):
+        except (KeyError, OSError, VoidboxError):
             return None
 
 

@@ -56,7 +56,9 @@ class Bars:
             return
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(text, total=progress.total or None, amount="")
-        amount = f"{size(progress.done)} of {size(progress.total)}" if counted else ""
+        amount = size(progress.done) if progress.unit == "bytes" and progress.done else ""
+        if counted:
+            amount = f"{size(progress.done)} of {size(progress.total)}"
         self._progress.update(
             self._tasks[key], completed=progress.done, total=progress.total or None, amount=amount
         )

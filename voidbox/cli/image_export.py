@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from services.common.errors import AlreadyExists, Exhausted, InvalidInput, NotFound
+from voidbox.cli.bars import Bars
 from voidbox.cli.connection import Context
 from voidbox.cli.screen import size
 from voidbox.client import Client
@@ -22,6 +23,7 @@ FORMATS = {
     "initramfs": pb.EXPORT_FORMAT_INITRAMFS,
 }
 _FLUSH_BYTES = 1 << 20
+_SHOWN_BITS = 24  # every 16 MiB
 
 
 async def export(context: Context, client: Client, reference: str, messages: Any) -> None:
@@ -37,11 +39,27 @@ async def export(context: Context, client: Client, reference: str, messages: Any
         raise NotFound(f"the directory {target.parent} does not exist", path=target.parent)
     if not args.force and os.path.lexists(target):
         raise _exists(target)
-    count = await _to_file(messages(client), target, force=args.force)
+    bars = Bars(context.screen)
+    with bars:
+        count = await _to_file(_counted(messages(client), target.name, bars), target, force=args.force)
     context.screen.result(
         f"{target} ({size(count)})",
         {"path": str(target.absolute()), "size_bytes": count, "format": args.format, "reference": reference},
     )
+
+
+async def _counted(
+    messages: AsyncIterator[pb.ExportImageResponse], name: str, bars: Bars
+) -> AsyncIterator[pb.ExportImageResponse]:
+    """The messages, with a line that says how much has come."""
+    count = 0
+    shown = -1
+    async for message in messages:
+        count += message.zeros + len(message.data)
+        if count >> _SHOWN_BITS != shown:
+            shown = count >> _SHOWN_BITS
+            bars.show(pb.Progress(subject=name, action="export", done=count, unit="bytes"))
+        yield message
 
 
 async def _to_standard_output(messages: AsyncIterator[pb.ExportImageResponse]) -> None:
