@@ -16,6 +16,15 @@ from services.common.errors import InvalidInput, NotBuilt
 DOCKER_HUB: Final = "docker.io"
 _HUB_NAMES: Final = {DOCKER_HUB, "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"}
 _HUB_HOST: Final = "registry-1.docker.io"
+_TRANSPORTS: Final = {
+    "oci",
+    "oci-archive",
+    "docker",
+    "docker-archive",
+    "docker-daemon",
+    "containers-storage",
+    "dir",
+}
 _MAX_NAME: Final = 255
 _MAX_REFERENCE: Final = 4096
 _HOST: Final = re.compile(
@@ -193,15 +202,18 @@ def _parse_registry(text: str, rest: str) -> RegistryReference:
         if not _TAG.fullmatch(tag):
             raise _bad(text, f"the tag {tag!r} is not 1 to 128 letters, digits, '_', '.' or '-'")
     host, slash_found, repository = name.partition("/")
-    if not slash_found or not (
-        host == "localhost" or any(char in host for char in ".:[") or host.lower() != host
-    ):
+    if not slash_found or not (host.lower() == "localhost" or any(char in host for char in ".:[")):
+        if slash_found and host.lower() != host:
+            # Docker takes it for a host, which in lower case would be a name on Docker Hub.
+            raise _bad(text, f"names are lower case: {host.lower()!r}? A host needs a dot or a port")
         host, repository = DOCKER_HUB, name
     if not _HOST.fullmatch(host):
         raise _bad(text, f"{host!r} is not a host name with an optional port")
     port = host.rpartition(":")[2] if not host.endswith("]") and ":" in host else ""
     if port and not 0 < int(port) < 65536:
         raise _bad(text, f"there is no port {port}")
+    if host.lower().partition(":")[0] in _TRANSPORTS:
+        raise _bad(text, f"a host cannot be called {host.partition(':')[0]!r}: that begins another kind")
     if host.lower() in _HUB_NAMES:
         host = DOCKER_HUB
         repository = repository if "/" in repository else f"library/{repository}"
@@ -226,6 +238,8 @@ def _parse_layout(text: str, rest: str) -> LayoutReference:
         raise _bad(text, "it names no directory")
     if colon and not tag and directory != rest:
         raise _bad(text, "its tag is empty")
+    if not tag and ":" in Path(directory).name:
+        raise _bad(text, "its directory's name has a colon, so it needs a tag after another one")
     return LayoutReference(directory=Path(directory), tag=tag or None, digest=digest)
 
 

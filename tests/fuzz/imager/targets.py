@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from services.common.errors import VoidboxError
-from services.imager.limits import Limits
+from services.imager.docker_archive import DockerArchiveSource
+from services.imager.files import ArchiveFiles
+from services.imager.layout import LayoutSource
+from services.imager.limits import Cancel, Limits
 from services.imager.manifest import (
     Index,
     Platform,
@@ -20,7 +23,13 @@ from services.imager.manifest import (
     require_image,
     select_platform,
 )
-from services.imager.reference import RegistryReference, parse_reference
+from services.imager.reference import (
+    ArchiveReference,
+    DockerArchiveReference,
+    RegistryReference,
+    parse_reference,
+)
+from services.imager.sources import resolve
 from tests.imager_images import build_ext4, need
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -94,8 +103,53 @@ def references(data: bytes) -> None:
         assert not set(f"{reference.host}/{reference.repository}") & set(" ?#%\\@\n\t")
 
 
+class _Sink:
+    """Counts the bytes of a blob, and is content with as many as its descriptor says."""
+
+    def __init__(self, size: int) -> None:
+        self.count, self._size = 0, size
+
+    def write(self, data: bytes) -> None:
+        """Count."""
+        self.count += len(data)
+        assert self.count <= self._size, "a member gives more than its size"
+
+    def reset(self) -> None:
+        """Begin again."""
+        self.count = 0
+
+
+def archives(data: bytes) -> None:
+    """Any bytes as an archive hold an image whose layers can all be read, or are refused; nothing is left."""
+    data = _with_checksums(data)
+    with tempfile.TemporaryDirectory(prefix="fuzz") as place:
+        path = Path(place) / "a.tar"
+        path.write_bytes(data)
+        sources: tuple[Callable[[], DockerArchiveSource | LayoutSource], ...] = (
+            lambda: DockerArchiveSource(DockerArchiveReference(path=path), _files(path), _LIMITS, Cancel()),
+            lambda: LayoutSource(
+                ArchiveReference(path=path, tag=None, digest=None), _files(path), _LIMITS, Cancel()
+            ),
+        )
+        for make in sources:
+            try:
+                with make() as source:
+                    found = resolve(source, Platform(os="linux", architecture="amd64"), "fuzz", _LIMITS)
+                    for layer in found.manifest.layers:
+                        sink = _Sink(_LIMITS.unpacked_bytes)
+                        source.fetch(layer, sink)
+            except VoidboxError:
+                continue
+        assert [entry.name for entry in Path(place).iterdir()] == ["a.tar"]
+
+
+def _files(path: Path) -> ArchiveFiles:
+    return ArchiveFiles(path, path.parent, _LIMITS, Cancel())
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "layers": layers,
     "manifests": manifests,
     "references": references,
+    "archives": archives,
 }

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.imager.authorization import parse_challenge
 from services.imager.credentials import Credentials, Keyring
@@ -181,3 +183,10 @@ def test_a_helper_sees_the_environment_it_is_given_and_no_other(home: Home) -> N
 )
 def test_challenges_are_read_as_the_standard_says(text: str, expected: dict[str, Any]) -> None:
     assert parse_challenge(text) == expected
+
+
+@given(st.text(max_size=200) | st.text(alphabet='Bearbsic ="\\,relmv', max_size=80))
+def test_any_challenge_is_read_without_an_error(text: str) -> None:
+    for scheme, parameters in parse_challenge(text).items():
+        assert scheme == scheme.lower()
+        assert all(name == name.lower() for name in parameters)
