@@ -149,7 +149,7 @@ async def test_without_qemu_the_error_names_the_command_to_type(tmp_path: Path) 
 
 
 @needs_another_user
-async def test_an_unprivileged_user_runs_boxes_with_mounts() -> None:
+async def test_an_unprivileged_user_runs_boxes_with_mounts_and_forks() -> None:
     with host_directory(65534) as home:
         await run_unprivileged(65534, home)
 
@@ -168,10 +168,13 @@ async def run_unprivileged(uid: int, home: Path) -> None:
     service.log.touch()
     with service:
         async with service.connected() as client:
+            files = {
+                "kernel_path": str(image / guest_image().kernel.name),
+                "initramfs_path": str(image / guest_image().initramfs.name),
+            }
             box = await client.create(
                 "plain",
-                kernel_path=str(image / guest_image().kernel.name),
-                initramfs_path=str(image / guest_image().initramfs.name),
+                **files,
                 mounts=[
                     {"host_path": str(share), "guest_path": "/mnt/share", "mode": "MOUNT_MODE_READ_WRITE"}
                 ],
@@ -184,6 +187,14 @@ async def run_unprivileged(uid: int, home: Path) -> None:
             stats = await client.hypervisor.GetBoxStats(pb.GetBoxStatsRequest(box_id="plain"))
             assert stats.resident_bytes > 100 << 20
             await client.delete("plain")
+            await client.create("parent", **files)
+            await client.run("parent", "sh", "-c", "echo kept > /tmp/file")
+            request = pb.ForkBoxRequest(box_id="parent", fork_ids=["child"])
+            await client.hypervisor.ForkBox(request, timeout=60)
+            _, out, error = await client.run("child", "cat", "/tmp/file")
+            assert out == b"kept\n", error
+            for name in ("parent", "child"):
+                await client.delete(name)
 
 
 @contextlib.contextmanager
@@ -218,7 +229,7 @@ async def test_a_guest_that_fills_the_hosts_disk_gets_errors_and_lives(tmp_path:
                 "filler", disks=[{"base_path": str(base), "guest_path": "/big", "writable": True}]
             )
             exit_, _, error = await client.run(
-                "filler", "sh", "-c", "dd if=/dev/urandom of=/big/x bs=1M count=200 conv=fsync", user="root"
+                "filler", "sh", "-c", "dd if=/dev/urandom of=/big/x bs=1M count=200 conv=fsync"
             )
             assert exit_.exit_code != 0
             assert b"rror" in error
