@@ -170,9 +170,22 @@ class GuestRegistry:
                 check_size(layer, store.limits.compressed_bytes, f"{where}: layer")
             config_bytes = source.small_blob(manifest.config)
             config = artifact.parse_config(config_bytes, where)
-            store.fetch(source, (kernel, initramfs), where, cancel, report)
-            image = self._unpack(config, config_bytes, kernel, initramfs, cancel, report)
+            # One at a time: guest images share layers, which go once they are unpacked.
+            with store.cache.lock("guest-pull", cancel):
+                image = self._whole(config.digest)
+                if image is None:
+                    store.fetch(source, (kernel, initramfs), where, cancel, report)
+                    image = self._unpack(config, config_bytes, kernel, initramfs, cancel, report)
         self._remember(parsed, wanted, image, digest)
+        return image
+
+    def _whole(self, digest: str) -> GuestImage | None:
+        """The guest image `digest` if it is in the cache and undamaged."""
+        try:
+            image = load_guest_image(self._cache, digest)
+            verify_guest_image(image)
+        except (VoidboxError, OSError):
+            return None
         return image
 
     def _unpack(

@@ -168,3 +168,28 @@ def test_disks_of_directories_and_for_reading_only_are_verified_and_age(tmp_path
     os.utime(tree.path, (0, 0))
     assert keeper.prune(older_than_seconds=3600)[0] == [f"directory disk - {tree.digest}"]
     assert not tree.path.exists()
+
+
+def test_many_processes_pull_one_guest_image_and_build_one_agents_disk(registry: str, tmp_path: Path) -> None:
+    digest = guest_at(tmp_path / "source", size=2 << 20, default=True)
+    name = f"{registry}/many:v1"
+    guests(tmp_path / "source").push("default", name)
+    tarball = made_tarball(
+        tmp_path, [directory(b"package/bin"), Item(name=b"package/bin/tiny", data=os.urandom(1 << 20))]
+    )
+    words = [("guest", name), ("agent", str(tarball), package_for(tarball).integrity)] * 3
+    cache = tmp_path / "cache"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, what, str(cache), *rest],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        )
+        for what, *rest in words
+    ]  # fmt: skip
+    outputs = [worker.communicate()[0].splitlines() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 6
+    assert [lines[-1] for lines in outputs] == ["done"] * 6
+    assert sum(lines.count("convert") for lines in outputs) == 2, "begun and ended once"
+    assert_sound(cache)
+    assert [path.name for path in guest_directories(cache)] == [digest.removeprefix("sha256:")]
+    assert len(list((cache / "images/agents").glob("*.ext4"))) == 1
