@@ -57,9 +57,6 @@ LOG_BURST = 50
 LOG_PER_SECOND = 1.0
 """What the log of a box may grow by: a guest decides how often there is something to say."""
 
-_CHANGED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ)
-"""What the shim or its interpreter (the last two) handles or ignores; ignoring survives exec."""
-
 COUNT_SECONDS = 1.0
 """How old the counters on disk may be."""
 
@@ -372,7 +369,8 @@ def _become_machine(config: ShimConfig, report: int) -> NoReturn:
     """In the child: keep only what QEMU is to have, and become it."""
     try:
         signal.set_wakeup_fd(-1)
-        for number in _CHANGED_SIGNALS:
+        # What the shim, its interpreter or whoever started it handles or ignores: ignoring survives exec.
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         files = QEMU_FILES if hard == resource.RLIM_INFINITY else min(QEMU_FILES, hard)

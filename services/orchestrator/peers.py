@@ -18,7 +18,15 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from services.common.errors import Cancelled, Internal, NotFound, Unavailable, VoidboxError, from_rpc_error
+from services.common.errors import (
+    Cancelled,
+    Internal,
+    NotFound,
+    TimedOut,
+    Unavailable,
+    VoidboxError,
+    from_rpc_error,
+)
 from services.orchestrator.blobs import BlobWriter, reading
 from services.orchestrator.convert import duration, mount_to_proto
 from services.orchestrator.plan import Machine
@@ -107,8 +115,11 @@ class Health:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether `error` says that nobody answered, rather than what somebody answered."""
-    return isinstance(error, Unavailable) and error.reason == Unavailable.default_reason
+    """Whether `error` says that nobody answered, rather than what somebody answered.
+
+    A call that was made just when its peer went away may be told of that by its time limit only.
+    """
+    return isinstance(error, (Unavailable, TimedOut)) and error.reason == type(error).default_reason
 
 
 def is_broken(error: BaseException) -> bool:
@@ -134,7 +145,7 @@ async def patiently(peer: str, call: Callable[[], Awaitable[_T]], seconds: float
         async for attempt in attempts:
             with attempt:
                 return await call()
-    except Unavailable as error:
+    except (Unavailable, TimedOut) as error:
         if not is_unreachable(error):
             raise
         message = f"the {peer} has not answered for {seconds:g} s: {error.message}; see: voidbox status"
