@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import grpc
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_exponential
@@ -33,6 +33,18 @@ from voidbox.orchestrator.v1 import orchestrator_pb2
 from voidbox.outage import RECONNECT_SECONDS, Outage
 
 T = TypeVar("T")
+
+
+class Paged(Protocol):
+    """A page of any list."""
+
+    @property
+    def next_page_token(self) -> str:
+        """Names the page after it; empty on the last."""
+        ...
+
+
+Page = TypeVar("Page", bound=Paged)
 
 BOX_KEY = "voidbox-box-id"
 
@@ -100,6 +112,19 @@ class Client:
                 return await make()
         raise AssertionError("unreachable")
 
+    async def pages(self, method: Callable[..., Awaitable[Page]], request: Any) -> AsyncIterator[Page]:
+        """All pages of a list, `request` being for the first; it is used up.
+
+        Raises:
+            VoidboxError: what the peer raised.
+        """
+        while True:
+            page = await self.call(partial(method, request, timeout=CALL_SECONDS))
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
     async def status(self, *, seconds: float = 0.0) -> orchestrator_pb2.GetStatusResponse:
         """How the services are; tries for `seconds` to reach the orchestrator."""
         request = orchestrator_pb2.GetStatusRequest()
@@ -124,15 +149,10 @@ class Client:
 
     async def list_runs(self, *, active: bool = False) -> AsyncIterator[orchestrator_pb2.Run]:
         """All runs, newest first."""
-        token = ""
-        while True:
-            request = orchestrator_pb2.ListRunsRequest(page_size=_PAGE, page_token=token, active=active)
-            page = await self.call(partial(self.orchestrator.ListRuns, request, timeout=CALL_SECONDS))
+        request = orchestrator_pb2.ListRunsRequest(page_size=_PAGE, active=active)
+        async for page in self.pages(self.orchestrator.ListRuns, request):
             for run in page.runs:
                 yield run
-            token = page.next_page_token
-            if not token:
-                return
 
     async def cancel_run(self, run_id: str, reason: str) -> orchestrator_pb2.Run:
         """Ask a run to stop; `wait_run` tells when it has."""
@@ -236,15 +256,10 @@ class Client:
 
     async def list_boxes(self) -> AsyncIterator[hypervisor_pb2.Box]:
         """All boxes of the host."""
-        token = ""
-        while True:
-            request = hypervisor_pb2.ListBoxesRequest(page_size=_PAGE, page_token=token)
-            page = await self.call(partial(self.hypervisor.ListBoxes, request, timeout=CALL_SECONDS))
+        request = hypervisor_pb2.ListBoxesRequest(page_size=_PAGE)
+        async for page in self.pages(self.hypervisor.ListBoxes, request):
             for box in page.boxes:
                 yield box
-            token = page.next_page_token
-            if not token:
-                return
 
     async def capabilities(self, *, refresh: bool = False) -> hypervisor_pb2.GetCapabilitiesResponse:
         """What the host can do; a refreshed answer takes as long as the probes."""

@@ -14,7 +14,6 @@ from services.hypervisor.prepare import unsupported
 from services.hypervisor.probe import Prober
 from services.hypervisor.registry import DEFAULT_START_SECONDS, Registry
 from services.hypervisor.tunnel import tunnel
-from services.hypervisor.volumes import Volume
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 from voidbox.hypervisor.v1 import hypervisor_pb2_grpc
 
@@ -202,13 +201,16 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
     ) -> pb.CreateVolumeResponse:
         """Makes a named volume, if it is not there."""
         made = await self._registry.create_volume(request.name, request.size_mib)
-        return pb.CreateVolumeResponse(volume=self._volume(made))
+        user = self._registry.volume_users().get(made.name, "")
+        return pb.CreateVolumeResponse(volume=convert.volume(made, user))
 
     async def ListVolumes(self, request: pb.ListVolumesRequest, context: Context) -> pb.ListVolumesResponse:
         """Lists volumes by name."""
         volumes = await asyncio.to_thread(self._registry.launcher.volumes.all)
         found, token = convert.page(volumes, request.page_size, request.page_token)
-        return pb.ListVolumesResponse(volumes=map(self._volume, found), next_page_token=token)
+        users = self._registry.volume_users()
+        listed = [convert.volume(each, users.get(each.name, "")) for each in found]
+        return pb.ListVolumesResponse(volumes=listed, next_page_token=token)
 
     async def DeleteVolume(
         self, request: pb.DeleteVolumeRequest, context: Context
@@ -216,9 +218,6 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
         """Removes a volume that no box uses."""
         await asyncio.to_thread(self._registry.launcher.volumes.delete, request.name)
         return pb.DeleteVolumeResponse()
-
-    def _volume(self, volume: Volume) -> pb.Volume:
-        return convert.volume(volume, self._registry.volume_users().get(volume.name, ""))
 
 
 async def _upward(requests: AsyncIterator[pb.ForwardPortRequest]) -> AsyncIterator[bytes]:

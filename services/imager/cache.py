@@ -56,6 +56,19 @@ class ImageCache:
         """Where the blob is, or would be."""
         return self.root / "blobs/sha256" / hex_part(digest)
 
+    def open_layer(self, digest: str) -> BinaryIO:
+        """A layer's blob, open for reading without a buffer.
+
+        Raises:
+            Corrupt: it is not here (reason `BLOB_MISSING`).
+        """
+        try:
+            return self.blob_path(digest).open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise Corrupt(
+                f"layer {digest} is missing from the cache; pull the image again", reason="BLOB_MISSING"
+            ) from error
+
     def has_blob(self, digest: str, size: int) -> bool:
         """Whether the blob is here with the length that its descriptor says."""
         try:

@@ -144,14 +144,7 @@ def write_disk(
     writer = Ext4Writer(file, uuid=uuid, hash_seed=hash_seed)
     merger = LayerMerger(writer, limits, cancel)
     for layer in layers:
-        path = cache.blob_path(layer.digest)
-        try:
-            blob = path.open("rb", buffering=0)
-        except FileNotFoundError as error:
-            raise Corrupt(
-                f"layer {layer.digest} is missing from the cache; pull the image again", reason="BLOB_MISSING"
-            ) from error
-        with blob:
+        with cache.open_layer(layer.digest) as blob:
             counted = cast("BinaryIO", _Counting(blob, layer, report))
             try:
                 merger.apply(
@@ -159,7 +152,7 @@ def write_disk(
                 )
             except Corrupt as error:
                 if error.reason in ("WRONG_SIZE", "WRONG_DIGEST"):
-                    path.unlink(missing_ok=True)
+                    cache.blob_path(layer.digest).unlink(missing_ok=True)
                 raise
         report(_progress(layer, layer.size))
     report(Progress(subject="disk", action="finish", done=0, total=1))

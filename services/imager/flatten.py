@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Final
 
-from services.common.errors import Corrupt
 from services.imager.cache import ImageCache, disk_errors
 from services.imager.disk import LayerBlob
 from services.imager.layers import BLOCK_SIZE, LayerMerger, LayerSource
@@ -88,13 +87,6 @@ def flatten(
     spool = Spool(file)
     merger = LayerMerger(spool, limits, cancel)
     for layer in layers:
-        path = cache.blob_path(layer.digest)
-        try:
-            blob = path.open("rb", buffering=0)
-        except FileNotFoundError as error:
-            raise Corrupt(
-                f"layer {layer.digest} is missing from the cache; pull the image again", reason="BLOB_MISSING"
-            ) from error
-        with blob, disk_errors(cache.root / "tmp"):
+        with cache.open_layer(layer.digest) as blob, disk_errors(cache.root / "tmp"):
             merger.apply(LayerSource(digest=layer.digest, size=layer.size, diff_id=layer.diff_id, blob=blob))
     return merger.tree, spool

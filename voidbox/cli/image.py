@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +121,10 @@ def _show_guest(context: Context, image: pb.GuestImage) -> None:
 async def _list(context: Context, client: Client) -> None:
     images: list[pb.Image] = []
     stored: list[pb.StoredContent] = []
-    token = ""
-    while True:
-        request = pb.ListImagesRequest(page_token=token, include_stored=context.args.all)
-        page = await client.call(partial(client.imager.ListImages, request, timeout=CALL_SECONDS))
+    request = pb.ListImagesRequest(include_stored=context.args.all)
+    async for page in client.pages(client.imager.ListImages, request):
         images += page.images
         stored += page.stored
-        token = page.next_page_token
-        if not token:
-            break
     rows = [
         (
             image.reference,

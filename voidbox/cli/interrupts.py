@@ -8,6 +8,8 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from voidbox.cli.exitcode import ExitCode
+
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -71,3 +73,13 @@ class Interrupts:
             for one in (task, arrival):
                 one.cancel()
             await asyncio.gather(task, arrival, return_exceptions=True)
+
+
+async def until_interrupted(work: Coroutine[Any, Any, object]) -> int:
+    """Do `work`; the exit code of a command that the first signal ends."""
+    with Interrupts() as interrupts:
+        try:
+            await interrupts.guard(work)
+        except Interrupted:
+            return interrupts.exit_code
+    return ExitCode.OK

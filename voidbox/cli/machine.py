@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from voidbox.cli.boxes import find_box, state_word
 from voidbox.cli.connection import Context
 from voidbox.cli.exitcode import ExitCode
-from voidbox.cli.interrupts import Interrupted, Interrupts
+from voidbox.cli.interrupts import until_interrupted
 from voidbox.cli.screen import safe
 from voidbox.cli.terminal import write_all
 from voidbox.client import CALL_SECONDS, Client, rpc_errors
@@ -45,12 +45,7 @@ async def _console(context: Context) -> int:
             if rest:
                 await _print([rest])
 
-    with Interrupts() as interrupts:
-        try:
-            await interrupts.guard(show())
-        except Interrupted:
-            return interrupts.exit_code
-    return ExitCode.OK
+    return await until_interrupted(show())
 
 
 async def _print(lines: list[bytes]) -> None:

@@ -8,7 +8,7 @@ import time
 from services.common.errors import NotFound
 from voidbox.cli.connection import Context, Stack
 from voidbox.cli.exitcode import ExitCode
-from voidbox.cli.interrupts import Interrupted, Interrupts
+from voidbox.cli.interrupts import until_interrupted
 from voidbox.cli.progress import JsonDisplay
 from voidbox.cli.report import stage_data, took
 from voidbox.cli.screen import duration, safe, table
@@ -98,12 +98,7 @@ async def _logs(context: Context, stack: Stack) -> int:
                         prefix = "" if args.stage else f"{stage.name.ljust(width)} | "
                         print(f"{prefix}{safe(text)}", flush=True)
 
-    with Interrupts() as interrupts:
-        try:
-            await interrupts.guard(show())
-        except Interrupted:
-            return interrupts.exit_code
-    return ExitCode.OK
+    return await until_interrupted(show())
 
 
 def stop_command(context: Context) -> int:

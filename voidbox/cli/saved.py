@@ -93,15 +93,8 @@ async def _build_template(context: Context, client: Client) -> None:
 
 
 async def _list_templates(context: Context, client: Client) -> None:
-    templates: list[hv.Template] = []
-    token = ""
-    while True:
-        request = hv.ListTemplatesRequest(page_token=token)
-        page = await client.call(lambda r=request: client.hypervisor.ListTemplates(r, timeout=CALL_SECONDS))  # type: ignore[misc]
-        templates += page.templates
-        token = page.next_page_token
-        if not token:
-            break
+    pages = client.pages(client.hypervisor.ListTemplates, hv.ListTemplatesRequest())
+    templates = [each async for page in pages for each in page.templates]
     rows = [
         (
             each.id, each.resources.memory_mib, each.resources.vcpus, size(each.size_bytes), each.pooled,
@@ -138,15 +131,8 @@ async def _create_snapshot(context: Context, client: Client) -> None:
 
 
 async def _list_snapshots(context: Context, client: Client) -> None:
-    snapshots: list[hv.Snapshot] = []
-    token = ""
-    while True:
-        request = hv.ListSnapshotsRequest(page_token=token)
-        page = await client.call(lambda r=request: client.hypervisor.ListSnapshots(r, timeout=CALL_SECONDS))  # type: ignore[misc]
-        snapshots += page.snapshots
-        token = page.next_page_token
-        if not token:
-            break
+    pages = client.pages(client.hypervisor.ListSnapshots, hv.ListSnapshotsRequest())
+    snapshots = [each async for page in pages for each in page.snapshots]
     rows = [
         (
             each.name, each.box_id, each.resources.memory_mib, size(each.size_bytes),

@@ -11,8 +11,7 @@ from google.protobuf import duration_pb2
 from services.common.errors import NotFound, VoidboxError
 from voidbox.cli.boxes import RUNNING, find_box
 from voidbox.cli.connection import Context
-from voidbox.cli.exitcode import ExitCode
-from voidbox.cli.interrupts import Interrupted, Interrupts
+from voidbox.cli.interrupts import until_interrupted
 from voidbox.cli.screen import size, table
 from voidbox.client import BOX_KEY, CALL_SECONDS, Client, rpc_errors
 from voidbox.guest.v1 import guest_pb2
@@ -96,15 +95,7 @@ def stats_command(context: Context) -> int:
                 if not args.watch or (chosen and not samples):
                     return
 
-    async def run() -> int:
-        with Interrupts() as interrupts:
-            try:
-                await interrupts.guard(show())
-            except Interrupted:
-                return interrupts.exit_code
-        return ExitCode.OK
-
-    return asyncio.run(run())
+    return asyncio.run(until_interrupted(show()))
 
 
 def _print(context: Context, samples: list[Sample]) -> None:

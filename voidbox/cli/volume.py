@@ -35,14 +35,8 @@ async def _create(context: Context, client: Client) -> None:
 
 
 async def _list(context: Context, client: Client) -> None:
-    found: list[hv.Volume] = []
-    request = hv.ListVolumesRequest()
-    while True:
-        page = await client.call(partial(client.hypervisor.ListVolumes, request, timeout=CALL_SECONDS))
-        found += page.volumes
-        if not page.next_page_token:
-            break
-        request = hv.ListVolumesRequest(page_token=page.next_page_token)
+    pages = client.pages(client.hypervisor.ListVolumes, hv.ListVolumesRequest())
+    found = [one async for page in pages for one in page.volumes]
     rows = [(one.name, size(one.size_mib << 20), size(one.used_bytes), one.box_id or "-") for one in found]
     context.screen.result(
         table(("VOLUME", "SIZE", "USED", "BOX"), rows, right=(1, 2)), [_data(one) for one in found]
