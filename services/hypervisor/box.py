@@ -6,19 +6,18 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.common.errors import Cancelled, Internal, TimedOut, Unavailable, VoidboxError, WrongState
-from services.hypervisor import failure, layout, prepare, record, stats
-from services.hypervisor.claim import SECRET_BYTES, Guest, Identity
-from services.hypervisor.driver import Driver, Machine, MachinePlan
+from services.common.errors import Cancelled, TimedOut, Unavailable, VoidboxError, WrongState
+from services.hypervisor import failure, record, stats
+from services.hypervisor.claim import Guest
+from services.hypervisor.driver import Driver, Machine
 from services.hypervisor.failure import Remains
 from services.hypervisor.layout import Layout
-from services.hypervisor.model import Accelerator, BoxRecord, Phase, Transport
+from services.hypervisor.model import Accelerator, BoxRecord, Transport
 from services.hypervisor.saved import Saved
 from services.hypervisor.states import BoxState, move
 
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 END_NOTICE_SECONDS = 2.0
 # The guest's own limit for its programs at shutdown, at most half of the whole grace.
 PROGRAM_GRACE_SECONDS = 2.0
-# After a restart of the service: a guest under emulation on a busy host answers late.
-ADOPT_SECONDS = 20.0
 DEFAULT_STOP_GRACE = 5.0
 
 T = TypeVar("T")
@@ -38,7 +35,7 @@ T = TypeVar("T")
 class Box:
     """A box from its start to its end.
 
-    All changes go through `_update`, which writes the record to disk before anybody hears of it.
+    All changes go through `update`, which writes the record to disk before anybody hears of it.
     `ended` is set once its processes are gone and its last state is on disk.
     """
 
@@ -49,8 +46,8 @@ class Box:
         if not initial.state.alive:
             self.ended.set()
         self._on_change = on_change
-        self._machine: Machine | None = None
-        self._guest: Guest | None = None
+        self.machine: Machine | None = None
+        self.agent: Guest | None = None
         self._asked = ""
         self._operation = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -63,7 +60,12 @@ class Box:
         """The box's id."""
         return self.record.id
 
-    def _update(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:
+        """Change the record: on disk first, then for everybody.
+
+        Raises:
+            Exhausted: it cannot be saved, and the box is to live on.
+        """
         changed = dataclasses.replace(self.record, **changes)
         if changed.state is not self.record.state:
             move(self.record.state, changed.state)
@@ -81,141 +83,33 @@ class Box:
 
     def begin(self, *, accelerator: Accelerator, transport: Transport, origin: str = "boot") -> None:
         """Write the first record, once the box's directory is there."""
-        self._update(accelerator=accelerator, transport=transport, origin=origin)
+        self.update(accelerator=accelerator, transport=transport, origin=origin)
 
     async def begin_again(self) -> None:
         """Forget a machine that did not start, so that another can in its place."""
         await self.let_go()
-        self._machine = None
+        self.machine = None
         Layout.clear_machine(self.directory)
-        self._update(vmm_pid=0, shim_pid=0, shim_start=0, origin="boot")
-
-    async def boot_into(self, driver: Driver, plan: MachinePlan, into: Saved, seconds: float) -> None:
-        """Boot a machine in the box's place and save it as soon as its agent answers.
-
-        Nothing of it is left in the box's directory, unless it fails.
-
-        Raises:
-            VoidboxError: it did not come up, or could not be saved; call `destroy`.
-        """
-        deadline = time.monotonic() + seconds
-        self._machine = machine = await driver.start(plan, self._spawned)
-        self._update(vmm_pid=machine.vmm_pid)
-        log.info("machine %s boots, to be saved", self.id)
-        guest = Guest(machine.guest_channel(), bytes.fromhex(into.facts["secret"]))
-        try:
-            # What a claim and a program need is then in the saved memory.
-            await self._unless_ended(guest.rehearse(seconds))
-        except TimedOut as error:
-            raise failure.boot_timeout(self.id, seconds, machine.remains()) from error
-        finally:
-            await guest.channel.close()
-        plan.note("boot")
-        await self._unless_ended(machine.save(into))
-        plan.note("save")
-        await machine.kill(gently=False)
-        await machine.close()
-        self._machine = None
-        self._update(vmm_pid=0, shim_pid=0, shim_start=0)
-        Layout.clear_machine(self.directory)
-        if time.monotonic() > deadline:
-            raise failure.boot_timeout(self.id, seconds, machine.remains())
-
-    async def wait_in_pool(self, driver: Driver, plan: MachinePlan, seconds: float) -> None:
-        """Restore a machine that nobody has claimed, and stop it once its agent has answered.
-
-        Raises:
-            VoidboxError: it did not come up; call `destroy`.
-        """
-        self._machine = machine = await driver.start(plan, self._spawned)
-        self._update(vmm_pid=machine.vmm_pid)
-        self._guest = guest = Guest(machine.guest_channel(), secrets.token_bytes(SECRET_BYTES))
-        await self._unless_ended(guest.rehearse(seconds, plan.former))
-        await self._unless_ended(machine.pause())
+        self.update(vmm_pid=0, shim_pid=0, shim_start=0, origin="boot")
 
     @property
     def runs(self) -> bool:
         """Whether it has a machine that has not ended."""
-        return self._machine is not None and not self._machine.ended.is_set()
+        return self.machine is not None and not self.machine.ended.is_set()
 
-    def _take_over(self, pooled: Box) -> tuple[Machine, Guest]:
-        """The machine of one from the pool, whose directory is ours already."""
-        assert pooled._machine is not None
-        assert pooled._guest is not None
-        machine, pooled._machine = pooled._machine, None
-        guest, pooled._guest = pooled._guest, None
-        machine.moved(self.directory)
-        self._machine = machine
-        theirs = pooled.record
-        self._update(cid=theirs.cid, shim_pid=theirs.shim_pid, shim_start=theirs.shim_start)
-        return machine, guest
+    def spawned(self, pid: int, started: int) -> None:
+        """Note the machine's leading process before it does anything."""
+        self.update(shim_pid=pid, shim_start=started)
 
-    async def start(
-        self,
-        driver: Driver,
-        plan: MachinePlan,
-        identity: Identity,
-        seconds: float,
-        phases: Phases,
-        pooled: Box | None = None,
-    ) -> None:
-        """Bring the machine up, claim its guest and have it mount what is attached.
-
-        Args:
-            driver: Starts machines.
-            plan: The machine.
-            identity: Who the guest shall be.
-            seconds: How long all this may take.
-            phases: Notes how long each part took.
-            pooled: Has a machine to take over instead of starting one.
+    async def unless_ended(self, work: Coroutine[object, object, T]) -> T:
+        """The result of `work` with the guest.
 
         Raises:
-            VoidboxError: it did not come up; call `destroy`.
+            VoidboxError: why the machine ended first.
         """
-        deadline = time.monotonic() + seconds
-        if pooled is not None:
-            machine, waiting = self._take_over(pooled)
-            former = waiting.metadata[0][1]
-            self._guest = guest = Guest(waiting.channel, identity.secret)
-            await self._unless_ended(machine.complete(plan))
-        else:
-            former = plan.former
-            self._machine = machine = await driver.start(plan, self._spawned)
-            self._guest = guest = Guest(machine.guest_channel(), identity.secret)
-        self._update(vmm_pid=machine.vmm_pid, phases=phases.done)
-        try:
-            claimed = await self._unless_ended(
-                guest.claim(identity, max(0.1, deadline - time.monotonic()), former)
-            )
-        except TimedOut as error:
-            raise failure.boot_timeout(self.id, seconds, machine.remains()) from error
-        record.write_atomically(self.directory / layout.SECRET_FILE, identity.secret)
-        phases.add("claim" if plan.saved or pooled else "boot")
-        attachments = prepare.attachments(self.record.config)
-        if plan.restored_disks:
-            attachments = [each for each in attachments if not each.disk]  # the guest has them mounted
-        for attachment in attachments:
-            await self._unless_ended(guest.mount(attachment))
-        if attachments:
-            phases.add("mount")
-        if plan.frozen:
-            # Only now: no program goes on before it is on a machine with an identity of its own.
-            await self._unless_ended(guest.freeze(False))
-            phases.add("thaw")
-        self._update(
-            state=BoxState.RUNNING, boot_id=claimed.boot_id, ready_time=time.time(), phases=phases.done
-        )
-        log.info("box %s runs after %.1f s", self.id, time.time() - self.record.create_time)
-        self._serve(machine)
-
-    def _spawned(self, pid: int, started: int) -> None:
-        self._update(shim_pid=pid, shim_start=started)
-
-    async def _unless_ended(self, work: Coroutine[object, object, T]) -> T:
-        """The result of `work` with the guest, or why the machine ended first."""
-        assert self._machine is not None
+        assert self.machine is not None
         task = asyncio.create_task(work)
-        end = asyncio.create_task(self._machine.ended.wait())
+        end = asyncio.create_task(self.machine.ended.wait())
         try:
             await asyncio.wait({task, end}, return_when=asyncio.FIRST_COMPLETED)
             if task.done() and task.exception() is not None and not isinstance(task.exception(), TimedOut):
@@ -225,7 +119,7 @@ class Box:
                 return task.result()
             config = self.record.config
             raise failure.boot_failure(
-                self.id, config.kernel_path, config.resources.memory_mib, self._machine.remains()
+                self.id, config.kernel_path, config.resources.memory_mib, self.machine.remains()
             )
         finally:
             for each in (task, end):
@@ -234,50 +128,24 @@ class Box:
 
     # Taking up after a restart of the service
 
-    async def adopt(self, driver: Driver) -> None:
-        """Find the running machine of this record again, and make sure that it is the one.
-
-        Raises:
-            VoidboxError: it is gone, or is not what the record says; call `bury`.
-        """
-        self._machine = machine = await driver.adopt(self.record, self.directory)
-        try:
-            secret = (self.directory / layout.SECRET_FILE).read_bytes()
-        except OSError as error:
-            raise Internal(f"box {self.id}: its secret is lost: {error.strerror}", reason="LOST") from error
-        self._guest = guest = Guest(machine.guest_channel(), secret)
-        if self.record.capturing:
-            log.warning("box %s was being saved when the service ended", self.id)
-            await machine.recover()
-            await self._unless_ended(guest.freeze(False))
-            self._update(capturing=False)
-        paused = await machine.paused()
-        if not paused:
-            boot_id = await self._unless_ended(guest.boot_id(ADOPT_SECONDS))
-            if boot_id != self.record.boot_id:
-                raise Internal(f"box {self.id}: its guest has booted again", reason="BOOT_ID_CHANGED")
-        state = BoxState.PAUSED if paused else BoxState.RUNNING
-        if state is not self.record.state:
-            self._update(state=state)
-        self._serve(machine)
-
     async def bury(self, driver: Driver, why: str) -> None:
         """End what is left of a box that could not be adopted, and record how it ended."""
-        if self._machine is not None:
-            await self._machine.kill(gently=False)
+        if self.machine is not None:
+            await self.machine.kill(gently=False)
         if not self.record.state.alive:
             return
         if self.record.state is BoxState.STOPPING:
-            self._update(state=BoxState.STOPPED, end_time=time.time())
+            self.update(state=BoxState.STOPPED, end_time=time.time())
         else:
             remains = driver.leftovers(self.record, self.directory)
             reason = failure.describe_end(remains) if remains.recorded else why
-            self._update(state=BoxState.FAILED, reason=reason, end_time=time.time())
+            self.update(state=BoxState.FAILED, reason=reason, end_time=time.time())
         await self._finish()
 
     # Living
 
-    def _serve(self, machine: Machine) -> None:
+    def serve(self, machine: Machine) -> None:
+        """Watch over a machine whose guest has answered, to the end of both."""
         self._own(self._follow(machine))
         config = self.record.config
         if config.max_lifetime:
@@ -295,7 +163,7 @@ class Box:
         """Wait for the machine's end and record it."""
         await machine.ended.wait()
         if self.record.state.alive:
-            self._update(end_time=time.time(), **self._ending(machine.remains()))
+            self.update(end_time=time.time(), **self._ending(machine.remains()))
             log.info("box %s: %s: %s", self.id, self.record.state.value, self.record.reason)
         await self._finish()
 
@@ -321,12 +189,12 @@ class Box:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._guest is not None:
-            guest, self._guest = self._guest, None
+        if self.agent is not None:
+            guest, self.agent = self.agent, None
             # Calls that the end has cut off get time to end by themselves, so that they say why.
             await guest.channel.close(None if cancel else END_NOTICE_SECONDS)
-        if self._machine is not None and (cancel or self._machine.ended.is_set()):
-            machine, self._machine = self._machine, None
+        if self.machine is not None and (cancel or self.machine.ended.is_set()):
+            machine, self.machine = self.machine, None
             await machine.close()
 
     def _expire(self, why: str) -> None:
@@ -358,9 +226,9 @@ class Box:
         Raises:
             WrongState: the box does not run; the message says why.
         """
-        if self._guest is None or self.record.state is not BoxState.RUNNING:
+        if self.agent is None or self.record.state is not BoxState.RUNNING:
             raise self._not("running")
-        return self._guest
+        return self.agent
 
     def _not(self, wanted: str) -> WrongState:
         state, why = self.record.state.value, self.record.reason
@@ -383,7 +251,7 @@ class Box:
         return await self._died() or failure
 
     async def _died(self) -> Unavailable | None:
-        machine = self._machine
+        machine = self.machine
         if machine is None and not self.ended.is_set():
             return None
         with contextlib.suppress(TimeoutError):
@@ -412,10 +280,10 @@ class Box:
         async with self._operation:
             if self.record.state is BoxState.PAUSED:
                 return
-            if self.record.state is not BoxState.RUNNING or self._machine is None:
+            if self.record.state is not BoxState.RUNNING or self.machine is None:
                 raise self._not("running")
-            await self._machine.pause()
-            self._update(state=BoxState.PAUSED)
+            await self.machine.pause()
+            self.update(state=BoxState.PAUSED)
 
     async def resume(self) -> None:
         """Let its processors go on. Idempotent.
@@ -426,10 +294,10 @@ class Box:
         async with self._operation:
             if self.record.state is BoxState.RUNNING:
                 return
-            if self.record.state is not BoxState.PAUSED or self._machine is None:
+            if self.record.state is not BoxState.PAUSED or self.machine is None:
                 raise self._not("paused")
-            await self._machine.resume()
-            self._update(state=BoxState.RUNNING)
+            await self.machine.resume()
+            self.update(state=BoxState.RUNNING)
 
     async def capture(self, into: Saved, layers: Path) -> float:
         """Save the running box and let it go on.
@@ -446,7 +314,7 @@ class Box:
             VoidboxError: it could not be saved; it goes on.
         """
         async with self._operation:
-            guest, machine = self.guest, self._machine
+            guest, machine = self.guest, self.machine
             assert machine is not None
             if self.record.config.mounts:
                 raise WrongState(
@@ -470,24 +338,24 @@ class Box:
                 await guest.freeze(True)
 
             # On disk first: a service that dies now leaves a machine that stands still.
-            self._update(capturing=True)
+            self.update(capturing=True)
             with self.in_use():
                 try:
-                    await self._unless_ended(machine.capture(into, layers, stand_still))
+                    await self.unless_ended(machine.capture(into, layers, stand_still))
                 finally:
                     if began:
-                        await self._unless_ended(guest.freeze(False))
-                    self._update(capturing=False)
+                        await self.unless_ended(guest.freeze(False))
+                    self.update(capturing=False)
                 into.facts |= {"secret": guest.metadata[0][1].hex(), "frozen": True}
                 return time.monotonic() - began
 
     def usage(self) -> stats.Usage:
         """What its processes take of the host."""
-        return stats.of(self._machine.pids) if self._machine is not None else stats.Usage()
+        return stats.of(self.machine.pids) if self.machine is not None else stats.Usage()
 
     def vsock_bytes(self) -> tuple[int, int]:
         """Bytes sent to and received from the guest over vsock."""
-        return self._machine.vsock_bytes() if self._machine is not None else (0, 0)
+        return self.machine.vsock_bytes() if self.machine is not None else (0, 0)
 
     def disk_bytes(self) -> int:
         """What its writable disks take of the host's disk."""
@@ -495,7 +363,7 @@ class Box:
 
     def resident_mib(self) -> int:
         """Its resident memory; cheap."""
-        return sum(map(stats.resident_bytes, self._machine.pids)) >> 20 if self._machine is not None else 0
+        return sum(map(stats.resident_bytes, self.machine.pids)) >> 20 if self.machine is not None else 0
 
     # Ending
 
@@ -510,15 +378,15 @@ class Box:
             Unavailable: its processes do not end.
         """
         async with self._operation:
-            machine = self._machine
+            machine = self.machine
             if not self.record.state.alive or machine is None:
                 return
             ask = grace > 0 and self.record.state is BoxState.RUNNING
             self._asked = why
             if self.record.state is not BoxState.STOPPING:
-                self._update(state=BoxState.STOPPING, reason=why)
-            if ask and self._guest is not None:
-                await self._ask_guest(self._guest, machine, grace)
+                self.update(state=BoxState.STOPPING, reason=why)
+            if ask and self.agent is not None:
+                await self._ask_guest(self.agent, machine, grace)
             await machine.kill(gently=grace > 0)
             await self.ended.wait()
 
@@ -540,20 +408,6 @@ class Box:
                 self.record, state=BoxState.FAILED, reason=why, end_time=time.time()
             )
             self._on_change(self.record)
-        if self._machine is not None:
-            await self._machine.kill(gently=False)
+        if self.machine is not None:
+            await self.machine.kill(gently=False)
         await self.let_go()
-
-
-class Phases:
-    """Measures the phases of a start, one after the other."""
-
-    def __init__(self) -> None:
-        self.done: tuple[Phase, ...] = ()
-        self._last = time.monotonic()
-
-    def add(self, name: str) -> None:
-        """End the present phase, which is called `name`."""
-        now = time.monotonic()
-        self.done = (*self.done, Phase(name=name, seconds=now - self._last))
-        self._last = now

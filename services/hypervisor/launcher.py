@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.errors import Internal, VoidboxError, WrongState
-from services.hypervisor import disks, prepare, record, saved
-from services.hypervisor.box import Box, Phases
+from services.hypervisor import bringup, disks, prepare, record, saved
+from services.hypervisor.box import Box
 from services.hypervisor.claim import Identity
 from services.hypervisor.driver import Driver, NotRestored
 from services.hypervisor.identities import Identities
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import Accelerator, BoxConfig, BoxRecord, Transport
+from services.hypervisor.phases import Phases
 from services.hypervisor.pidfd import host_boot_id
 from services.hypervisor.pool import Bounds, Pool
 from services.hypervisor.probe import Prober
@@ -192,7 +193,7 @@ class Launcher:
             )
             phases.add("prepare")
             identity = _identity(box.id, box.record.config, user)
-            await box.start(launch.driver, plan, identity, launch.left(), phases, pooled)
+            await bringup.start(box, launch.driver, plan, identity, launch.left(), phases, pooled)
 
     async def _key(self, config: BoxConfig, found: Programs, accelerator: Accelerator) -> Key:
         return await asyncio.to_thread(make_key, config, found, accelerator, self.templates.digests)
@@ -213,7 +214,7 @@ class Launcher:
                 stack=stack,
                 note=lambda name: launch.phases.add(f"template-{name}"),
             )
-            await box.boot_into(launch.driver, plan, into, launch.left())
+            await bringup.boot_into(box, launch.driver, plan, into, launch.left())
 
     # Machines that are no boxes
 
@@ -293,7 +294,7 @@ class Launcher:
                     boots=False,
                     saved=template,
                 )
-                await box.wait_in_pool(launch.driver, plan, launch.left())
+                await bringup.wait_in_pool(box, launch.driver, plan, launch.left())
             except BaseException:
                 await self._end(box)
                 raise

@@ -4,56 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import grpc
 
-from services.common.errors import Internal, NotFound, Unavailable, VoidboxError, WrongState
+from services.common.errors import Internal, NotFound, Unavailable, VoidboxError
 from services.common.process import clean_env
-from services.hypervisor import capture, claim, console, disks, failure, layout, qmp, record, saved
-from services.hypervisor.argv import (
-    SAVED_PORTS,
-    VHOST_SOCKET,
-    DiskDevice,
-    MachineConfig,
-    ShareDevice,
-    VsockDevice,
-    build_argv,
-    kernel_command_line,
+from services.hypervisor import (
+    capture,
+    claim,
+    disks,
+    failure,
+    ladder,
+    layout,
+    leftovers,
+    qmp,
+    saved,
 )
+from services.hypervisor.argv import VsockDevice
 from services.hypervisor.driver import Machine, MachinePlan, NotRestored
+from services.hypervisor.endpoints import disk_devices, endpoints, new_file, share_devices
 from services.hypervisor.failure import Remains
-from services.hypervisor.inputs import Identity, device_groups
-from services.hypervisor.model import Accelerator, BoxRecord, MountMode, Transport
+from services.hypervisor.model import BoxRecord
 from services.hypervisor.monitor import Monitor
 from services.hypervisor.pidfd import Process
-from services.hypervisor.prepare import all_disks, disk_serial, share_tag
-from services.hypervisor.probe import KVM
 from services.hypervisor.programs import Programs
 from services.hypervisor.saved import Saved
-from services.hypervisor.shim_config import STATS, ExitRecord, ShimConfig
+from services.hypervisor.shim_config import STATS, ShimConfig
+from services.hypervisor.vsock_plug import VsockPlug
 
 # Python and QEMU start within 0.3 s on an idle host; a loaded one may need long.
 START_SECONDS = 30.0
-# The rungs of the ladder that ends a machine; each is reached only if the one before failed.
-QUIT_SECONDS = 3.0
-TERM_SECONDS = 4.0
-KILL_SECONDS = 5.0
-# The shim's own limit for QEMU on SIGTERM, within ours.
-_SHIM_TERM_SECONDS = 2.0
-# The guest may be slow to take a stream while it boots; calls have deadlines of their own.
-_CONNECT_SECONDS = 600.0
-_ORDERLY = ("exited", "terminated")
-_LOG_TAIL = 4000
 
 
 class QemuDriver:
@@ -87,7 +74,7 @@ class QemuDriver:
 
     def leftovers(self, record: BoxRecord, directory: Path) -> Remains:
         """See `Driver.leftovers`."""
-        return _remains(directory, shutdown="")
+        return leftovers.read(directory, shutdown="")
 
 
 class QemuMachine:
@@ -98,8 +85,7 @@ class QemuMachine:
         self._stack = contextlib.AsyncExitStack()
         self._shim: Process | None = None
         self._monitor = Monitor()
-        self._vsock: VsockDevice | None = None
-        self._vsock_port = 0
+        self._plug = VsockPlug(directory, self._monitor)
         self._shutdown = ""
         self._watcher: asyncio.Task[None] | None = None
         self._directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -119,8 +105,9 @@ class QemuMachine:
     ) -> None:
         with contextlib.ExitStack() as ours:
             with contextlib.ExitStack() as given:  # what only the new processes keep
-                ends = self._endpoints(plan, programs, given, ours)
-                log = given.enter_context(_new_file(self._directory / layout.LOG_FILE))
+                ends = endpoints(plan, programs, self._directory_fd, given, ours, self._stack)
+                self._plug.note(ends.vsock, 0)
+                log = given.enter_context(new_file(self._directory / layout.LOG_FILE))
                 pid = await asyncio.to_thread(_spawn_shim, ends.config, ends.config_read, log)
                 self._watch(pid, None)
                 assert self._shim is not None
@@ -142,124 +129,19 @@ class QemuMachine:
                 failed = await self._did_not_start(plan)
                 raise (failed if plan.saved is None else NotRestored(failed.message)) from error
             if plan.saved is not None:
-                await self._plug(plan, ends.vsock)
+                await self._plug_own(plan, ends.vsock)
 
     async def _load(self, plan: MachinePlan, state_fd: int) -> None:
         await self._monitor.load(state_fd)
         plan.note("load")
 
-    async def _plug(self, plan: MachinePlan, vsock: VsockDevice) -> None:
+    async def _plug_own(self, plan: MachinePlan, vsock: VsockDevice) -> None:
         """Give a restored machine what is its own, and let it go on."""
-        await self._plug_vsock(vsock, plan.vsock_port)
-        disks = _disk_devices(plan)[plan.restored_disks :]
-        await self._monitor.plug(disks, _share_devices(plan), plan.restored_disks)
+        await self._plug.put_in(vsock, plan.vsock_port)
+        own = disk_devices(plan)[plan.restored_disks :]
+        await self._monitor.plug(own, share_devices(plan), plan.restored_disks)
         await self._monitor.execute("cont")
         plan.note("plug")
-
-    def _endpoints(
-        self,
-        plan: MachinePlan,
-        programs: Programs,
-        given: contextlib.ExitStack,
-        ours: contextlib.ExitStack,
-    ) -> _Endpoints:
-        """Make every socket and pipe before anything runs, so that nothing is ever waited for by polling."""
-
-        def own(fd: int) -> int:
-            given.callback(os.close, fd)
-            return fd
-
-        monitor, monitor_theirs = socket.socketpair()
-        self._stack.callback(monitor.close)
-        given.enter_context(monitor_theirs)
-        guest = given.enter_context(_listen(self._directory_fd, layout.GUEST_SOCKET))
-        adopt = given.enter_context(_listen(self._directory_fd, layout.QMP_SOCKET))
-        console_read, console_write = map(own, os.pipe2(os.O_CLOEXEC))
-        console_log = own(console.create(self._directory / layout.CONSOLE_FILE))
-        exit_file = given.enter_context(_new_file(self._directory / layout.EXIT_FILE))
-        stats_file = given.enter_context(_new_file(self._directory / layout.STATS_FILE, append=False))
-        ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
-        own(ready_write)
-        ready = ours.enter_context(os.fdopen(ready_read, "rb"))
-        config_read, config_write = os.pipe2(os.O_CLOEXEC)
-        own(config_read)
-        config_pipe = ours.enter_context(os.fdopen(config_write, "wb", buffering=0))
-        pass_fds = [console_write, monitor_theirs.fileno(), adopt.fileno(), *plan.mount_fds]
-        pass_fds += [fd for fd in (plan.kernel_fd, plan.initramfs_fd) if fd is not None]
-        disks = _disk_devices(plan)[: plan.restored_disks if plan.saved else None]
-        pass_fds += [fd for disk in disks for fd in (disk.base_fd, disk.overlay_fd) if fd is not None]
-        memory_fd = state_fd = None
-        if plan.saved is not None:
-            memory_fd = plan.saved.memory_fd
-            state_fd = own(saved.reopened(plan.saved.devices_fd, os.O_RDONLY))
-            pass_fds += [memory_fd, state_fd]
-        elif plan.into is not None:
-            memory_fd = plan.into.memory_fd
-            pass_fds.append(memory_fd)
-        vhost_listen: int | None = None
-        if plan.transport is Transport.VHOST_USER:
-            listener, device_fd = self._device_directory(plan.identity)
-            vhost_listen = given.enter_context(listener).fileno()
-        else:
-            device_fd = os.open("/dev/vhost-vsock", os.O_RDWR | os.O_CLOEXEC)
-        pass_fds.append(own(device_fd))
-        vsock = VsockDevice(transport=plan.transport, cid=plan.cid, fd=device_fd)
-        self._note_vsock(vsock, 0)
-        machine = MachineConfig(
-            program=programs.system,
-            name=plan.box_id,
-            accelerator=plan.accelerator,
-            memory_mib=plan.config.resources.memory_mib,
-            vcpus=plan.config.resources.vcpus,
-            kernel_fd=plan.kernel_fd,
-            initramfs_fd=plan.initramfs_fd,
-            command_line=kernel_command_line(plan.accelerator, plan.config.resources.vcpus),
-            console_fd=console_write,
-            vsock=vsock,
-            monitor_fd=monitor_theirs.fileno(),
-            monitor_listen_fd=adopt.fileno(),
-            disks=disks,
-            shares=_share_devices(plan),
-            memory_fd=memory_fd,
-            incoming=plan.saved is not None,
-            ports=1 if memory_fd is None else SAVED_PORTS,
-        )
-        drop = os.geteuid() == 0
-        config = ShimConfig(
-            argv=tuple(build_argv(machine)),
-            env=clean_env(),
-            uid=plan.identity.uid if drop else None,
-            gid=plan.identity.gid if drop else None,
-            groups=_accelerator_groups(plan.accelerator) if drop else (),
-            pass_fds=tuple(pass_fds),
-            writable_fds=_writable_fds(plan, disks, memory_fd),
-            devices=(KVM,) if plan.accelerator is Accelerator.KVM else (),
-            namespaces=programs.confinement.namespaces,
-            landlock=programs.confinement.landlock,
-            cid=plan.cid,
-            transport="vhost-user" if plan.transport is Transport.VHOST_USER else "vhost-vsock",
-            vhost_listen_fd=vhost_listen,
-            guest_listen_fd=guest.fileno(),
-            console_read_fd=console_read,
-            console_log_fd=console_log,
-            stats_fd=stats_file.fileno(),
-            exit_fd=exit_file.fileno(),
-            ready_fd=ready_write,
-            term_seconds=_SHIM_TERM_SECONDS,
-            connect_seconds=_CONNECT_SECONDS,
-        )
-        return _Endpoints(config, config_read, config_pipe, ready, monitor, vsock, state_fd)
-
-    def _device_directory(self, identity: Identity) -> tuple[socket.socket, int]:
-        """The vhost-user socket in a directory that the machine's user, and nobody else, can enter."""
-        path = self._directory / layout.DEVICE_DIRECTORY
-        path.mkdir(mode=0o700)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        listener = _listen(fd, VHOST_SOCKET)
-        if os.geteuid() == 0:
-            os.chown(path / VHOST_SOCKET, identity.uid, identity.gid)
-            os.fchown(fd, identity.uid, identity.gid)
-        return listener, fd
 
     async def _did_not_start(self, plan: MachinePlan) -> VoidboxError:
         await self.kill(gently=False)
@@ -272,7 +154,7 @@ class QemuMachine:
     async def _adopt(self, found: BoxRecord) -> None:
         self._watch(found.shim_pid, found.shim_start)
         self.vmm_pid = found.vmm_pid
-        self._read_vsock()
+        self._plug.read()
         connection = socket.socket(socket.AF_UNIX)
         connection.setblocking(False)
         try:
@@ -298,12 +180,12 @@ class QemuMachine:
             if self.vmm_pid:
                 vmm = Process.watch(self.vmm_pid)
                 try:
-                    await vmm.wait(KILL_SECONDS)
+                    await vmm.wait(ladder.KILL_SECONDS)
                 finally:
                     vmm.close()
         if self._monitor.client is not None:
             with contextlib.suppress(TimeoutError):  # its last events say why it ended
-                async with asyncio.timeout(KILL_SECONDS):
+                async with asyncio.timeout(ladder.KILL_SECONDS):
                     await self._monitor.client.closed.wait()
         self.ended.set()
 
@@ -332,42 +214,21 @@ class QemuMachine:
     def moved(self, directory: Path) -> None:
         """See `Machine.moved`."""
         self._directory = directory
+        self._plug.directory = directory
 
     async def complete(self, plan: MachinePlan) -> None:
         """See `Machine.complete`."""
-        await self._monitor.plug(_disk_devices(plan), ())
+        await self._monitor.plug(disk_devices(plan), ())
         await self._monitor.execute("cont")
         plan.note("plug")
 
-    async def _plug_vsock(self, vsock: VsockDevice, port: int) -> None:
-        self._note_vsock(vsock, port)
-        await self._monitor.plug_vsock(vsock, port)
-
-    def _note_vsock(self, vsock: VsockDevice, port: int) -> None:
-        """Remember the device, also for a service that takes this machine up."""
-        self._vsock, self._vsock_port = vsock, port
-        text = json.dumps(
-            {"transport": vsock.transport.value, "cid": vsock.cid, "fd": vsock.fd, "port": port}
-        )
-        record.write_atomically(self._directory / layout.DEVICE_FILE, text.encode())
-
-    def _read_vsock(self) -> None:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found = json.loads((self._directory / layout.DEVICE_FILE).read_bytes())
-            self._vsock_port = int(found["port"])
-            self._vsock = VsockDevice(
-                transport=Transport(found["transport"]), cid=int(found["cid"]), fd=int(found["fd"])
-            )
-
     async def capture(self, into: Saved, layers: Path, before: Callable[[], Awaitable[None]]) -> None:
         """See `Machine.capture`."""
-        if self._vsock is None:
-            raise WrongState("it is not known how its vsock device is plugged in", reason="NOT_RESTORED")
+        port = self._plug.known().port
         with await asyncio.to_thread(capture.opened, self.vmm_pid) as memory:
             await asyncio.to_thread(memory.copy_origin, into.memory_fd)
-            port = self._vsock_port
             await before()
-            await self._monitor.unplug_vsock(port, self._vsock.transport)
+            await self._plug.take_out()
             try:
                 await self._monitor.execute("stop")
                 await self._save_devices(into)
@@ -375,25 +236,18 @@ class QemuMachine:
                 await asyncio.to_thread(disks.clone_all, self._directory, layers)
                 into.facts["vsock_port"] = 1 - port
             finally:
-                # On the other port: one that has just lost its device does not always take the next.
-                await self._plug_vsock(self._vsock, 1 - port)
+                await self._plug.put_back()
                 await self._monitor.execute("cont")
 
     async def recover(self) -> None:
         """See `Machine.recover`; where it was left is not known, so its vsock device is plugged in anew."""
-        if self._vsock is None:
-            raise WrongState("it is not known how its vsock device is plugged in", reason="NOT_RESTORED")
+        self._plug.known()
         await self._monitor.execute("cont")
-        for port in await self._monitor.vsock_ports():
-            await self._monitor.unplug_vsock(port, self._vsock.transport)
-            self._vsock_port = port
-        await self._monitor.forget_backends()
-        await self._plug_vsock(self._vsock, 1 - self._vsock_port)
+        await self._plug.renew()
 
     async def save(self, into: Saved) -> None:
         """See `Machine.save`."""
-        assert self._vsock is not None
-        await self._monitor.unplug_vsock(self._vsock_port, self._vsock.transport)
+        await self._plug.take_out()
         await self._monitor.execute("stop")
         await self._save_devices(into)
 
@@ -407,34 +261,15 @@ class QemuMachine:
     # Ending
 
     async def kill(self, *, gently: bool) -> None:
-        """See `Machine.kill`: QMP quit (QEMU flushes its disks), SIGTERM, SIGKILL."""
+        """See `Machine.kill`."""
         if self._shim is None:
             self.ended.set()
             return
-        if gently and self._monitor.client is not None:
-            with contextlib.suppress(VoidboxError):
-                await self._monitor.client.execute("quit", seconds=QUIT_SECONDS)
-            await self._ends_within(QUIT_SECONDS)
-        if gently and not self.ended.is_set():
-            self._shim.send(signal.SIGTERM)
-            await self._ends_within(TERM_SECONDS)
-        if not self.ended.is_set():
-            self._shim.kill_group()
-            await self._ends_within(KILL_SECONDS)
-        if not self.ended.is_set():
-            raise Unavailable(
-                f"processes {self.pids} do not end although they were killed; look at their state in ps",
-                reason="PROCESS_STUCK",
-            )
-
-    async def _ends_within(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.ended.wait()
+        await ladder.end(self._shim, self._monitor.client, self.ended, self.pids, gently=gently)
 
     def remains(self) -> Remains:
         """See `Machine.remains`."""
-        return _remains(self._directory, self._shutdown)
+        return leftovers.read(self._directory, self._shutdown)
 
     def vsock_bytes(self) -> tuple[int, int]:
         """See `Machine.vsock_bytes`."""
@@ -454,19 +289,6 @@ class QemuMachine:
         await self._stack.aclose()
 
 
-@dataclass(frozen=True, slots=True)
-class _Endpoints:
-    """What a start needs: the shim's side (`config_read`) and ours."""
-
-    config: ShimConfig
-    config_read: int
-    config_write: IO[bytes]
-    ready: IO[bytes]
-    monitor: socket.socket
-    vsock: VsockDevice
-    state_fd: int | None
-
-
 def _spawn_shim(config: ShimConfig, config_fd: int, log: IO[bytes]) -> int:
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "services.hypervisor.shim", "--config-fd", str(config_fd)],
@@ -480,24 +302,6 @@ def _spawn_shim(config: ShimConfig, config_fd: int, log: IO[bytes]) -> int:
     )
     child.returncode = 0  # it is watched and reaped by pidfd; Popen must not try, nor warn
     return child.pid
-
-
-def _listen(directory_fd: int, name: str) -> socket.socket:
-    """A listening socket in an open directory, however long the directory's path is."""
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        listener.bind(f"/proc/self/fd/{directory_fd}/{name}")
-        listener.listen()
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _new_file(path: Path, *, append: bool = True) -> IO[bytes]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (os.O_APPEND if append else 0)
-    fd = os.open(path, flags, 0o600)
-    return os.fdopen(fd, "wb", buffering=0)
 
 
 async def _spawned_pid(pipe: IO[bytes]) -> int:
@@ -516,57 +320,3 @@ async def _spawned_pid(pipe: IO[bytes]) -> int:
     if not line.startswith(b"spawned "):
         raise Unavailable("the shim ended before it started QEMU", reason="MACHINE_FAILED")
     return int(line.split()[1])
-
-
-def _disk_devices(plan: MachinePlan) -> tuple[DiskDevice, ...]:
-    return tuple(
-        DiskDevice(
-            serial=disk_serial(plan.config, number), base_fd=base, base_format=disk.format, overlay_fd=layer
-        )
-        for number, (disk, (base, layer)) in enumerate(
-            zip(all_disks(plan.config), plan.disk_fds, strict=True)
-        )
-    )
-
-
-def _writable_fds(plan: MachinePlan, disks: tuple[DiskDevice, ...], memory_fd: int | None) -> tuple[int, ...]:
-    """What QEMU may open anew for writing: its layers, its RAM, and what is shared for writing."""
-    found = [disk.overlay_fd for disk in disks if disk.overlay_fd is not None]
-    found += [fd for share, fd in zip(plan.config.mounts, plan.mount_fds, strict=True)
-              if share.mode is MountMode.READ_WRITE]  # fmt: skip
-    return (*found, *((memory_fd,) if memory_fd is not None else ()))
-
-
-def _share_devices(plan: MachinePlan) -> tuple[ShareDevice, ...]:
-    return tuple(
-        ShareDevice(tag=share_tag(number), directory_fd=fd, read_only=mount.mode is not MountMode.READ_WRITE)
-        for number, (mount, fd) in enumerate(zip(plan.config.mounts, plan.mount_fds, strict=True))
-    )
-
-
-def _accelerator_groups(accelerator: Accelerator) -> tuple[int, ...]:
-    """The group that may open /dev/kvm, if the accelerator is KVM."""
-    if accelerator is not Accelerator.KVM:
-        return ()
-    return device_groups(os.stat(KVM))
-
-
-def _remains(directory: Path, shutdown: str) -> Remains:
-    record = None
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        record = ExitRecord.from_json((directory / layout.EXIT_FILE).read_bytes())
-    log = ""
-    with contextlib.suppress(OSError):
-        data = (directory / layout.LOG_FILE).read_bytes()[-_LOG_TAIL:]
-        # The device process logs lines of JSON there; its failures are in the exit record.
-        lines = console.printable(data).splitlines()
-        log = "\n".join(line for line in lines if not line.startswith('{"at":'))
-    return Remains(
-        exit_code=record.exit_code if record else None,
-        exit_signal=(record.signal or 0) if record else 0,
-        recorded=record is not None,
-        device=record.detail or record.reason if record and record.reason not in _ORDERLY else "",
-        shutdown=shutdown,
-        console=console.tail(directory / layout.CONSOLE_FILE),
-        log=log,
-    )

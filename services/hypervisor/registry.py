@@ -23,13 +23,14 @@ from services.common.errors import (
     NotFound,
     VoidboxError,
 )
-from services.hypervisor import admission, prepare, record, volumes
+from services.hypervisor import admission, bringup, prepare, record, volumes
 from services.hypervisor.admission import Host
-from services.hypervisor.box import DEFAULT_STOP_GRACE, Box, Phases
+from services.hypervisor.box import DEFAULT_STOP_GRACE, Box
 from services.hypervisor.identities import Identities
 from services.hypervisor.launcher import DriverFactory, Launcher, Source
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import BoxConfig, BoxRecord, check_box_id
+from services.hypervisor.phases import Phases
 from services.hypervisor.pidfd import host_boot_id, kill_now
 from services.hypervisor.pool import Bounds
 from services.hypervisor.probe import Prober
@@ -137,7 +138,7 @@ class Registry:
         try:
             if box.record.state is BoxState.STOPPING:
                 raise Internal("it was being stopped")
-            await box.adopt(driver)
+            await bringup.adopt(box, driver)
             log.info("box %s goes on", box.id)
         except VoidboxError as error:
             log.warning("box %s is not taken up: %s", box.id, error.message)
