@@ -130,8 +130,10 @@ def build_ext4(
     limits: Limits | None = None,
 ) -> ImageSize:
     """An ext4 image of uncompressed layers at `path`."""
-    with path.open("w+b", buffering=1 << 20) as file:
-        writer = Ext4Writer(file, uuid=bytes(range(16)), hash_seed=bytes(range(16, 32)))
+    with (
+        path.open("w+b", buffering=1 << 20) as file,
+        Ext4Writer(file, uuid=bytes(range(16)), hash_seed=bytes(range(16, 32))) as writer,
+    ):
         merger = LayerMerger(writer, limits or Limits())
         for tar in tars:
             digest = sha256(tar)

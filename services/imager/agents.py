@@ -206,21 +206,21 @@ def _write(
     file: BinaryIO, key: str, source: LayerSource, package: AgentPackage, limits: Limits, cancel: Cancel
 ) -> ImageSize:
     uuid, hash_seed = disk_seeds(key)
-    writer = Ext4Writer(file, uuid=uuid, hash_seed=hash_seed)
-    merger = LayerMerger(writer, limits, cancel)
-    merger.apply(source)
-    tree = Tree()
-    tree.root = _descend(merger.tree.root, package.root, package)
-    program = _descend(tree.root, package.program, package)
-    if program.kind is not Kind.FILE:
-        raise Corrupt(f"{package.program} of {package.name} is no file", reason="BAD_PACKAGE")
-    for _, _, node in tree.walk():
-        node.uid = node.gid = 0
-        node.mode = node.mode & 0o755 | 0o444 | (0o111 if node.kind is Kind.DIRECTORY else 0)
-    program.mode = 0o755
-    tree.root.uid = tree.root.gid = 0
-    tree.root.mode = 0o755
-    return writer.finish(tree, read_only=True)
+    with Ext4Writer(file, uuid=uuid, hash_seed=hash_seed) as writer:
+        merger = LayerMerger(writer, limits, cancel)
+        merger.apply(source)
+        tree = Tree()
+        tree.root = _descend(merger.tree.root, package.root, package)
+        program = _descend(tree.root, package.program, package)
+        if program.kind is not Kind.FILE:
+            raise Corrupt(f"{package.program} of {package.name} is no file", reason="BAD_PACKAGE")
+        for _, _, node in tree.walk():
+            node.uid = node.gid = 0
+            node.mode = node.mode & 0o755 | 0o444 | (0o111 if node.kind is Kind.DIRECTORY else 0)
+        program.mode = 0o755
+        tree.root.uid = tree.root.gid = 0
+        tree.root.mode = 0o755
+        return writer.finish(tree, read_only=True)
 
 
 def _descend(node: Node, path: str, package: AgentPackage) -> Node:

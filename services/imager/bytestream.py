@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 from services.common.errors import Corrupt
-
-_SHORT: Final = 32768
 
 
 class Truncated(Corrupt):
@@ -67,10 +64,10 @@ class ByteStream:
             raise Truncated(f"the stream ends {length - len(data)} bytes too early, at byte {self.position}")
         return data
 
-    def piece(self, length: int) -> bytes | memoryview | None:
+    def piece(self, length: int) -> memoryview | None:
         """The next `length` bytes, if they came in one piece; else None, and nothing is read.
 
-        Long ones are not copied, short ones are: who keeps them must not keep a whole chunk for each.
+        They are not copied: who keeps them keeps a whole chunk.
         """
         at = self._at
         end = at + length
@@ -78,7 +75,7 @@ class ByteStream:
             return None
         self._at = end
         self.position += length
-        return self._chunk[at:end] if length <= _SHORT else memoryview(self._chunk)[at:end]
+        return memoryview(self._chunk)[at:end]
 
     def chunks(self, length: int) -> Iterator[bytes | memoryview]:
         """The next `length` bytes in pieces of whatever size they arrive in.

@@ -141,24 +141,24 @@ def write_disk(
 ) -> ImageSize:
     """Merge the layers into an ext4 image in `file`, which is empty; `key` names it."""
     uuid, hash_seed = disk_seeds(key)
-    writer = Ext4Writer(file, uuid=uuid, hash_seed=hash_seed)
-    merger = LayerMerger(writer, limits, cancel)
-    for layer in layers:
-        with cache.open_layer(layer.digest) as blob:
-            counted = cast("BinaryIO", _Counting(blob, layer, report))
-            try:
-                merger.apply(
-                    LayerSource(digest=layer.digest, size=layer.size, diff_id=layer.diff_id, blob=counted)
-                )
-            except Corrupt as error:
-                if error.reason in ("WRONG_SIZE", "WRONG_DIGEST"):
-                    cache.blob_path(layer.digest).unlink(missing_ok=True)
-                raise
-        report(_progress(layer, layer.size))
-    report(Progress(subject="disk", action="finish", done=0, total=1))
-    size = writer.finish(merger.tree, free_bytes=free_bytes, read_only=read_only)
-    report(Progress(subject="disk", action="finish", done=1, total=1))
-    return size
+    with Ext4Writer(file, uuid=uuid, hash_seed=hash_seed) as writer:
+        merger = LayerMerger(writer, limits, cancel)
+        for layer in layers:
+            with cache.open_layer(layer.digest) as blob:
+                counted = cast("BinaryIO", _Counting(blob, layer, report))
+                try:
+                    merger.apply(
+                        LayerSource(digest=layer.digest, size=layer.size, diff_id=layer.diff_id, blob=counted)
+                    )
+                except Corrupt as error:
+                    if error.reason in ("WRONG_SIZE", "WRONG_DIGEST"):
+                        cache.blob_path(layer.digest).unlink(missing_ok=True)
+                    raise
+            report(_progress(layer, layer.size))
+        report(Progress(subject="disk", action="finish", done=0, total=1))
+        size = writer.finish(merger.tree, free_bytes=free_bytes, read_only=read_only)
+        report(Progress(subject="disk", action="finish", done=1, total=1))
+        return size
 
 
 def content_digest(file: BinaryIO, cancel: Cancel) -> str:

@@ -18,10 +18,12 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Final
+from types import TracebackType
+from typing import BinaryIO, Final, Self
 
 from services.common.errors import Exhausted
 from services.imager import ext4_dirs
+from services.imager.blockfile import BlockFile
 from services.imager.crc32c import crc32c, crc32c_rows
 from services.imager.ext4_format import (
     ALL_ONES,
@@ -34,13 +36,9 @@ from services.imager.ext4_format import (
 from services.imager.ext4_groups import DATA_START, MAX_BLOCKS, GroupTables, gaps, plan_geometry
 from services.imager.ext4_inodes import InodeTable, live_ranges, number_inodes
 from services.imager.tree import Extent, Kind, Node, Tree
-from services.imager.writeback import WRITEBACK_BYTES, start_writeback
 
 WRITER_VERSION: Final = 1  # part of every cache key: raise it when the bytes of an image change
 _ZEROS: Final = bytes(BLOCK)
-_PADDING: Final = tuple(memoryview(_ZEROS)[used:] for used in range(BLOCK))  # of a block's last `used` bytes
-_GATHER_BYTES: Final = 1 << 20
-_GATHER_PIECES: Final = 1000  # less than IOV_MAX, 1024, with room for padding
 _PUNCH_HOLE: Final = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 _LEAF_BATCH: Final = 256  # directory blocks whose checksums are computed at once: 1 MiB
 
@@ -61,7 +59,7 @@ class ImageSize:
 
 
 class Ext4Writer:
-    """Makes one image in `file`, which is empty, seekable and open for writing.
+    """Makes one image in `file`, which is empty, seekable and open for writing; a context manager.
 
     `store` takes file contents, any number of times; `finish` writes the rest. Neither syncs.
 
@@ -76,23 +74,20 @@ class Ext4Writer:
         self._uuid, self._hash_seed = uuid, hash_seed
         self._seed = crc32c(ALL_ONES, uuid)
         self._next = DATA_START
-        self._waiting: list[bytes | memoryview] = []
-        self._waiting_bytes = 0
-        self._unsent = 0
-        file.flush()
-        os.lseek(file.fileno(), DATA_START * BLOCK, os.SEEK_SET)
+        self._blocks = BlockFile(file.fileno(), DATA_START)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._blocks.close()
 
     def store_piece(self, data: bytes | memoryview) -> int:
-        """As `store`, of content that is in one piece, which must not change."""
-        length = len(data)
-        first = self._reserve(length)
-        waiting = self._waiting
-        waiting.append(data)
-        self._waiting_bytes += length
-        if length % BLOCK:
-            waiting.append(_PADDING[length % BLOCK])
-        if self._waiting_bytes >= _GATHER_BYTES or len(waiting) >= _GATHER_PIECES:
-            self._flush_data()
+        """As `store`, of content that is in one piece."""
+        first = self._reserve(len(data))
+        self._blocks.put(data)
         return first
 
     def store(self, chunks: Iterator[bytes | memoryview], length: int) -> int:
@@ -104,12 +99,8 @@ class Ext4Writer:
         """
         first = self._reserve(length)
         for chunk in chunks:
-            self._waiting.append(chunk)
-            self._waiting_bytes += len(chunk)
-            if self._waiting_bytes >= _GATHER_BYTES or len(self._waiting) >= _GATHER_PIECES:
-                self._flush_data()
-        if length % BLOCK:
-            self._waiting.append(_PADDING[length % BLOCK])
+            self._blocks.write(chunk)
+        self._blocks.pad()
         return first
 
     def _reserve(self, length: int) -> int:
@@ -120,21 +111,6 @@ class Ext4Writer:
             raise Exhausted("the image's files need more than 1 TiB", reason="IMAGE_TOO_LARGE")
         self._next = following
         return first
-
-    def _flush_data(self) -> None:
-        """Write what waits, by one system call: files are mostly small."""
-        waiting, descriptor = self._waiting, self._file.fileno()
-        total = sum(map(len, waiting))
-        written = os.writev(descriptor, waiting)
-        if written < total:  # a full disk shows at the second call
-            rest = memoryview(b"".join(waiting))
-            while written < total:
-                written += os.write(descriptor, rest[written:])
-        self._waiting, self._waiting_bytes = [], 0
-        self._unsent += total
-        if self._unsent >= WRITEBACK_BYTES:
-            self._unsent = 0
-            start_writeback(descriptor)
 
     def finish(
         self, tree: Tree, *, size_bytes: int | None = None, free_bytes: int = 0, read_only: bool = False
@@ -150,9 +126,6 @@ class Ext4Writer:
         Raises:
             InvalidInput: `size_bytes` is too small, or the tree holds what ext4 cannot.
         """
-        if self._waiting:
-            self._flush_data()
-        self._file.seek(self._next * BLOCK)
         nodes = number_inodes(tree)
         data_end = self._next
         data = live_ranges(nodes)
@@ -178,14 +151,18 @@ class Ext4Writer:
             used_inodes=used_inodes,
             directories=table.directories_by_group(geometry.inodes_per_group, geometry.groups),
         )
-        self._file.write(groups.bitmaps)
-        table.write(self._file)
-        self._file.truncate(geometry.blocks * BLOCK)
-        self._file.seek(BLOCK)
-        self._file.write(groups.descriptors)
-        self._file.seek(SUPERBLOCK_OFFSET)
-        self._file.write(pack_superblock(dataclasses.replace(geometry, free_blocks=groups.free_blocks)))
-        self._file.flush()
+        self._blocks.write(groups.bitmaps)
+        for records in table.packed():
+            self._blocks.write(records)
+        self._blocks.pad()
+        self._blocks.flush()
+        descriptor = self._file.fileno()
+        os.ftruncate(descriptor, geometry.blocks * BLOCK)
+        superblock = pack_superblock(dataclasses.replace(geometry, free_blocks=groups.free_blocks))
+        for part, offset in ((groups.descriptors, BLOCK), (superblock, SUPERBLOCK_OFFSET)):
+            written = 0
+            while written < len(part):  # a full disk shows at the second call
+                written += os.pwrite(descriptor, part[written:], offset + written)
         return ImageSize(
             size_bytes=geometry.blocks * BLOCK,
             used_bytes=(geometry.blocks - groups.free_blocks) * BLOCK,
@@ -200,7 +177,7 @@ class Ext4Writer:
     def append(self, block: bytes | bytearray) -> int:
         """Write one metadata block behind all else; return its number."""
         number = self._next
-        self._file.write(block)
+        self._blocks.write(block)
         self._next = number + 1
         return number
 
@@ -246,7 +223,7 @@ class Ext4Writer:
         """Make holes of replaced files' data; zeros where the file system below has no holes."""
         if not holes:
             return
-        self._file.flush()
+        self._blocks.flush()
         descriptor = self._file.fileno()
         libc = ctypes.CDLL(None, use_errno=True)
         for start, count in holes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO, Final, Protocol
+from typing import Final, Protocol
 
 from services.common.errors import InvalidInput
 from services.imager import ext4_extents, ext4_xattr
@@ -178,8 +178,8 @@ class InodeTable:
             counts[(number - 1) // per_group] += 1
         return counts
 
-    def write(self, file: BinaryIO) -> None:
-        """Compute all checksums and write the table."""
+    def packed(self) -> Iterator[bytearray]:
+        """The table with all checksums, in large pieces."""
         records = self._records
         count = len(records) // INODE_SIZE
         for start in range(0, count, _BATCH):
@@ -195,7 +195,7 @@ class InodeTable:
                 (_CSUM_HIGH_AT + 1, 3),
             ):
                 rows[offset::INODE_SIZE] = low[byte::4]
-            file.write(rows)
+            yield rows
 
 
 def live_ranges(nodes: list[tuple[Node, Node]]) -> list[tuple[int, int]]:

@@ -108,30 +108,30 @@ def write_tree_disk(
         NotFound, InvalidInput, Exhausted, Cancelled: as `build_tree_disk`.
     """
     uuid, hash_seed = disk_seeds(key)
-    writer = Ext4Writer(file, uuid=uuid, hash_seed=hash_seed)
-    tree = Tree()
-    nodes: dict[tuple[int, int], Node] = {}
-    left = limits.unpacked_bytes
-    for item in _scan(root, limits):
-        cancel.check()
-        node = nodes.get(item.same) if item.kind is not Kind.DIRECTORY else None
-        if node is None:
-            node = nodes[item.same] = Node(item.kind, item.mode, *owner, EPOCH_NS)
-            if item.kind is Kind.FILE:
-                left -= item.size
-                if left < 0:
-                    raise Exhausted(
-                        f"{root} holds more than {limits.unpacked_bytes} bytes", reason="IMAGE_TOO_LARGE"
-                    )
-                node.size = item.size
-                if item.size:
-                    first = writer.store(_contents(root, item, cancel), item.size)
-                    node.extents = (Extent(0, first, -(-item.size // BLOCK_SIZE)),)
-            elif item.kind is Kind.SYMLINK:
-                node.target = _target(root, item)
-        tree.add(item.path, node)
-    tree.root.children.setdefault(b"lost+found", Node(Kind.DIRECTORY, 0o700, 0, 0, EPOCH_NS))
-    return writer.finish(tree, read_only=True)
+    with Ext4Writer(file, uuid=uuid, hash_seed=hash_seed) as writer:
+        tree = Tree()
+        nodes: dict[tuple[int, int], Node] = {}
+        left = limits.unpacked_bytes
+        for item in _scan(root, limits):
+            cancel.check()
+            node = nodes.get(item.same) if item.kind is not Kind.DIRECTORY else None
+            if node is None:
+                node = nodes[item.same] = Node(item.kind, item.mode, *owner, EPOCH_NS)
+                if item.kind is Kind.FILE:
+                    left -= item.size
+                    if left < 0:
+                        raise Exhausted(
+                            f"{root} holds more than {limits.unpacked_bytes} bytes", reason="IMAGE_TOO_LARGE"
+                        )
+                    node.size = item.size
+                    if item.size:
+                        first = writer.store(_contents(root, item, cancel), item.size)
+                        node.extents = (Extent(0, first, -(-item.size // BLOCK_SIZE)),)
+                elif item.kind is Kind.SYMLINK:
+                    node.target = _target(root, item)
+            tree.add(item.path, node)
+        tree.root.children.setdefault(b"lost+found", Node(Kind.DIRECTORY, 0o700, 0, 0, EPOCH_NS))
+        return writer.finish(tree, read_only=True)
 
 
 def _scan(root: Path, limits: Limits) -> Iterator[_Found]:

@@ -246,8 +246,10 @@ def test_a_file_beyond_4_gib_of_data_is_whole(tmp_path: Path) -> None:
         digest.update(data)
         count += len(data)
     image = tmp_path / "image.ext4"
-    with image.open("w+b", buffering=1 << 20) as file:
-        writer = Ext4Writer(file, uuid=bytes(16), hash_seed=bytes(16))
+    with (
+        image.open("w+b", buffering=1 << 20) as file,
+        Ext4Writer(file, uuid=bytes(16), hash_seed=bytes(16)) as writer,
+    ):
         merger = LayerMerger(writer, Limits())
         name = f"sha256:{digest.hexdigest()}"
         merger.apply(LayerSource(digest=name, size=count, diff_id=name, blob=Pattern()))  # type: ignore[arg-type]

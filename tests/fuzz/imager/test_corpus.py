@@ -51,8 +51,8 @@ def test_what_is_hostile_is_refused_for_the_right_reason(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", sorted(TAKEN))
 def test_what_is_only_odd_becomes_this_tree(name: str, tmp_path: Path) -> None:
     image = tmp_path / "image"
-    with image.open("w+b") as file:
-        merger = LayerMerger(Ext4Writer(file, uuid=bytes(16), hash_seed=bytes(16)), Limits())
+    with image.open("w+b") as file, Ext4Writer(file, uuid=bytes(16), hash_seed=bytes(16)) as writer:
+        merger = LayerMerger(writer, Limits())
         for tar in tars_of(name):
             digest = sha256(tar)
             merger.apply(LayerSource(digest=digest, size=len(tar), diff_id=digest, blob=io.BytesIO(tar)))
@@ -71,10 +71,11 @@ def test_a_bomb_is_refused_at_the_limit_and_costs_little_memory(how: str, tmp_pa
     """A quarter of a gigabyte of zeros in some kilobytes; the limit is one MiB."""
     bomb = compress(bytes(1 << 28), how)
     digest = sha256(bomb)
-    with (tmp_path / "image").open("w+b") as file:
-        merger = LayerMerger(
-            Ext4Writer(file, uuid=bytes(16), hash_seed=bytes(16)), Limits(unpacked_bytes=1 << 20)
-        )
+    with (
+        (tmp_path / "image").open("w+b") as file,
+        Ext4Writer(file, uuid=bytes(16), hash_seed=bytes(16)) as writer,
+    ):
+        merger = LayerMerger(writer, Limits(unpacked_bytes=1 << 20))
         with pytest.raises(VoidboxError) as caught:
             merger.apply(LayerSource(digest=digest, size=len(bomb), diff_id=None, blob=io.BytesIO(bomb)))
     # Zero blocks end the archive; what follows them counts against the limit all the same.
