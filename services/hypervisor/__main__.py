@@ -69,6 +69,7 @@ async def running(
             memory_overcommit=config.memory_overcommit,
             parallel_starts=config.parallel_starts or max(2, len(os.sched_getaffinity(0))),
             pool=pool_bounds(config, Host.measure()),
+            ready=config.ready_size,
             templates=config.templates,
             snapshots_mib=config.snapshots_mib,
             driver=driver,
@@ -93,6 +94,8 @@ def pool_bounds(config: Config, host: Host) -> Bounds:
     """
     if not -1 <= config.pool_size <= 64:
         raise InvalidInput("pool_size must be -1 to 64", reason="BAD_CONFIG")
+    if not 0 <= config.ready_size <= 64:
+        raise InvalidInput("ready_size must be 0 to 64", reason="BAD_CONFIG")
     if not 1 <= config.pool_idle_seconds <= 86400 or not config.pool_memory_mib >= 0:
         raise InvalidInput(
             "pool_idle_seconds must be 1 to 86400, pool_memory_mib not negative", reason="BAD_CONFIG"

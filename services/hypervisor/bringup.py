@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import logging
 import secrets
 import time
@@ -67,10 +69,20 @@ async def wait_in_pool(box: Box, driver: Driver, plan: MachinePlan, seconds: flo
     await box.unless_ended(machine.pause())
 
 
-def _take_over(box: Box, pooled: Box) -> tuple[Machine, Guest]:
-    """The machine of one from the pool, whose directory is ours already."""
+async def wait_ready(box: Box, driver: Driver, plan: MachinePlan, seconds: float) -> None:
+    """Start a machine for a box to be restored into.
+
+    Raises:
+        VoidboxError: it did not come up; call `destroy`.
+    """
+    async with asyncio.timeout(seconds):
+        box.machine = await driver.start(dataclasses.replace(plan, ahead=True), box.spawned)
+    box.update(vmm_pid=box.machine.vmm_pid)
+
+
+def _take_over(box: Box, pooled: Box) -> tuple[Machine, Guest | None]:
+    """The machine of one that waited, whose directory is ours already; its guest, if it was restored."""
     assert pooled.machine is not None
-    assert pooled.agent is not None
     machine, pooled.machine = pooled.machine, None
     guest, pooled.agent = pooled.agent, None
     machine.moved(box.directory)
@@ -105,8 +117,9 @@ async def start(
     deadline = time.monotonic() + seconds
     if pooled is not None:
         machine, waiting = _take_over(box, pooled)
-        former = waiting.metadata[0][1]
-        box.agent = guest = Guest(waiting.channel, identity.secret)
+        former = waiting.metadata[0][1] if waiting is not None else plan.former
+        channel = waiting.channel if waiting is not None else machine.guest_channel()
+        box.agent = guest = Guest(channel, identity.secret)
         await box.unless_ended(machine.complete(plan))
     else:
         former = plan.former

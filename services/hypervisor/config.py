@@ -30,6 +30,10 @@ class Config:
         -1,
         "restored machines that wait for a box, per template; -1: one on a host of 4 CPUs and 8 GiB, else 0",
     )
+    ready_size: int = setting(
+        1,
+        "QEMUs started ahead, per template, for boxes to be restored into",
+    )
     pool_idle_seconds: float = setting(600.0, "seconds after which machines that no box has taken are ended")
     pool_memory_mib: int = setting(
         0, "memory that all that wait may take, in MiB; 0: an eighth of the host's"

@@ -26,6 +26,7 @@ class MachinePlan:
 
     With `saved` the machine is restored from it instead of booted, the first `restored_disks` of its
     disks being those that the saved machine had; with `into` it boots so that it can be saved there.
+    One that is started `ahead` waits for `Machine.complete` before it is restored.
     `note` hears the name of each phase that has ended.
     """
 
@@ -43,6 +44,7 @@ class MachinePlan:
     saved: Saved | None = None
     into: Saved | None = None
     restored_disks: int = 0
+    ahead: bool = False
     note: Callable[[str], None] = lambda _phase: None
 
     @property
@@ -99,7 +101,13 @@ class Machine(Protocol):
         ...
 
     async def complete(self, plan: MachinePlan) -> None:
-        """Plug the disks of `plan` into a machine that was restored without any, and let it go on."""
+        """Make a machine that has waited the one of `plan`, and let it go on.
+
+        One that was started ahead is restored first; then the disks are plugged in.
+
+        Raises:
+            VoidboxError: it is not what was expected.
+        """
         ...
 
     async def capture(self, into: Saved, layers: Path, before: Callable[[], Awaitable[None]]) -> None:

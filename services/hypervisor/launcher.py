@@ -13,12 +13,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from services.common.errors import Internal, VoidboxError, WrongState
 from services.hypervisor import bringup, disks, prepare, record, saved
 from services.hypervisor.box import Box
 from services.hypervisor.claim import Identity
-from services.hypervisor.driver import Driver, NotRestored
+from services.hypervisor.driver import Driver, MachinePlan, NotRestored
 from services.hypervisor.identities import Identities
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import Accelerator, BoxConfig, BoxRecord, Transport
@@ -41,6 +42,14 @@ DriverFactory = Callable[[Programs | None], Driver]
 """Makes a driver; without programs it only has to adopt."""
 
 
+class CheckRoom(Protocol):
+    """Raises if the host has no room; `waits` tells whether it is for a machine that is no box yet."""
+
+    def __call__(self, config: BoxConfig, *, waits: bool = False) -> None:
+        """See the class."""
+        ...
+
+
 class Launcher:
     """Starts the machines of boxes, and those that are no boxes: templates' and the pool's.
 
@@ -56,10 +65,11 @@ class Launcher:
         starts: asyncio.Semaphore,
         *,
         bounds: Bounds,
+        ready: int,
         templates: bool,
         snapshots_mib: int,
         free_cid: Callable[[], int],
-        check_room: Callable[[BoxConfig], None],
+        check_room: CheckRoom,
         quiet: Callable[[], Awaitable[None]],
     ) -> None:
         self._layout = layout
@@ -71,14 +81,20 @@ class Launcher:
         self._free_cid = free_cid
         self._check_room = check_room
         self.machines: dict[str, Box] = {}
+        # What machines that were started ahead are to be restored from.
+        self._origins: dict[str, Saved] = {}
         self.templates = Templates(layout)
         self.snapshots = Snapshots(layout, snapshots_mib << 20)
         self.volumes = Volumes(layout.volumes)
         self.pool = Pool(bounds, make=self._make_pooled, end=self._end, quiet=quiet)
+        self.ready = Pool(
+            dataclasses.replace(bounds, size=ready), make=self._make_ready, end=self._end, quiet=quiet
+        )
 
     async def close(self) -> None:
-        """End the pool and let go of the templates."""
+        """End the machines that wait and let go of the templates."""
         await self.pool.close()
+        await self.ready.close()
         await self.templates.close()
 
     async def start(self, box: Box, seconds: float, phases: Phases, source: Source | None = None) -> None:
@@ -109,9 +125,17 @@ class Launcher:
         key = await self._key(config, found, accelerator)
         # Who a machine is decides what it may read of a mount, and the pool's are somebody already.
         pooled = None if config.mounts else self.pool.take(key.id)
-        if pooled is None or not await self._run_pooled(launch, pooled):
+        if pooled is None or not await self._run_taken(launch, pooled, "pool"):
             await self._run_restored(launch, key)
+        self._want(key, config)
+
+    def _want(self, key: Key, config: BoxConfig) -> None:
         self.pool.want(key, config)
+        self.ready.want(key, config)
+
+    def clear_waiting(self) -> list[Box]:
+        """End all machines that wait, to make room; returns them."""
+        return [*self.pool.clear(), *self.ready.clear()]
 
     def _begin(self, launch: _Launch, origin: str) -> None:
         launch.box.directory.mkdir(mode=0o700)
@@ -133,6 +157,9 @@ class Launcher:
 
     async def _run_restored(self, launch: _Launch, key: Key) -> None:
         box = launch.box
+        ready = None if box.record.config.mounts else self.ready.take(key.id)
+        if ready is not None and await self._run_taken(launch, ready, "template", self._origins[ready.id]):
+            return
         self._begin(launch, "template")
         template = await self.templates.get(key, functools.partial(self._boot_into, launch))
         try:
@@ -141,27 +168,32 @@ class Launcher:
         except NotRestored as error:
             log.warning("template %s is removed: %s", key.id, error.message)
             await self.templates.discard(key.id)
-            self.pool.forget(key.id)
+            self._forget(key.id)
             await asyncio.to_thread(self._layout.clear_disks, box.directory)
             await box.begin_again()
             await self._run(launch, None)
 
-    async def _run_pooled(self, launch: _Launch, pooled: Box) -> bool:
-        """Whether the box got the machine; if not, it died at that moment and nothing of it is left."""
+    async def _run_taken(
+        self, launch: _Launch, taken: Box, origin: str, machine: Saved | None = None
+    ) -> bool:
+        """Whether the box got the machine; if not, it died at that moment and nothing of it is left.
+
+        `machine` is what one that was only started is restored from.
+        """
         box = launch.box
         try:
-            pooled.directory.rename(box.directory)
-            box.begin(accelerator=launch.accelerator, transport=launch.transport, origin="pool")
-            await self._run(launch, None, pooled)
+            taken.directory.rename(box.directory)
+            box.begin(accelerator=launch.accelerator, transport=launch.transport, origin=origin)
+            await self._run(launch, machine, taken)
         except VoidboxError as error:
-            if box.runs or pooled.runs:
+            if box.runs or taken.runs:
                 raise
-            log.warning("box %s: the machine from the pool has died: %s", box.id, error.message)
+            log.warning("box %s: the machine that waited for it has died: %s", box.id, error.message)
             await box.begin_again()
             await asyncio.to_thread(shutil.rmtree, box.directory)
             return False
         finally:
-            await self._end(pooled)
+            await self._end(taken)
         return True
 
     async def _run(
@@ -242,7 +274,7 @@ class Launcher:
                     await self._end(launch.box)
 
         (await self.templates.get(key, build)).close()
-        self.pool.want(key, config)
+        self._want(key, config)
         for each in await self.templates.all():
             if each.id == key.id:
                 return each
@@ -255,10 +287,28 @@ class Launcher:
             NotFound: there is none.
         """
         await self.templates.delete(template_id)
+        self._forget(template_id)
+
+    def _forget(self, template_id: str) -> None:
         self.pool.forget(template_id)
+        self.ready.forget(template_id)
 
     async def _make_pooled(self, key: Key, config: BoxConfig) -> Box:
-        """A restored machine that waits for a box.
+        """A restored machine that waits for a box; see `_make_waiting`."""
+        return await self._make_waiting("pool", key, config, bringup.wait_in_pool)
+
+    async def _make_ready(self, key: Key, config: BoxConfig) -> Box:
+        """A machine that was started and has nothing in it, for a box to be restored into."""
+        return await self._make_waiting("ready", key, config, bringup.wait_ready)
+
+    async def _make_waiting(
+        self,
+        kind: str,
+        key: Key,
+        config: BoxConfig,
+        wait: Callable[[Box, Driver, MachinePlan, float], Awaitable[None]],
+    ) -> Box:
+        """A machine that waits for a box.
 
         Raises:
             Exhausted: there is no room for one.
@@ -276,7 +326,7 @@ class Launcher:
         template = await self.templates.get(key, missing)
         with contextlib.ExitStack() as stack:
             stack.callback(template.close)
-            launch = self._launch("pool", bare, found, accelerator, time.monotonic() + POOL_SECONDS)
+            launch = self._launch(kind, bare, found, accelerator, time.monotonic() + POOL_SECONDS)
             box = launch.box
             try:
                 self._begin(launch, "template")
@@ -294,7 +344,8 @@ class Launcher:
                     boots=False,
                     saved=template,
                 )
-                await bringup.wait_in_pool(box, launch.driver, plan, launch.left())
+                self._origins[box.id] = template.copy()
+                await wait(box, launch.driver, plan, launch.left())
             except BaseException:
                 await self._end(box)
                 raise
@@ -368,7 +419,7 @@ class Launcher:
         Raises:
             Exhausted: there is no room for it.
         """
-        self._check_room(config)
+        self._check_room(config, waits=kind != "template")
         name = f"{kind}-{secrets.token_hex(5)}"
         fresh = BoxRecord(
             id=name, config=config, create_time=time.time(), cid=self._free_cid(), host_boot_id=host_boot_id()
@@ -386,6 +437,8 @@ class Launcher:
             log.error("machine %s: %s", box.id, error)
         await asyncio.to_thread(shutil.rmtree, box.directory, ignore_errors=True)
         self.machines.pop(box.id, None)
+        if (origin := self._origins.pop(box.id, None)) is not None:
+            origin.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """The warm pool: restored machines that wait, stopped and claimed by nobody, for a box to take one.
 
 A machine in the pool holds nothing of any box: it has been restored, has answered once, and stands
-still. It belongs to the service and ends with it; boxes never wait for the pool to be filled.
+still. A second pool of the same kind is of machines that were started, confined, and not restored yet.
+Both belong to the service and end with it; boxes never wait for a pool to be filled.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Pool:
                     log.warning("the pool of template %s is not filled: %s", shelf.key.id, error)
                     return
                 shelf.waiting.append(box)
-                log.info("machine %s waits in the pool", box.id)
+                log.info("machine %s waits", box.id)
 
     def _taken_mib(self) -> int:
         return sum(box.usage().proportional for box in self.boxes) >> 20

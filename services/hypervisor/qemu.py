@@ -86,6 +86,8 @@ class QemuMachine:
         self._shim: Process | None = None
         self._monitor = Monitor()
         self._plug = VsockPlug(directory, self._monitor)
+        # Of one that is still to be restored: its state's descriptor in QEMU, and the device to plug in then.
+        self._unloaded: tuple[int, VsockDevice] | None = None
         self._shutdown = ""
         self._watcher: asyncio.Task[None] | None = None
         self._directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -124,19 +126,25 @@ class QemuMachine:
                 )
                 plan.note("spawn")
                 if ends.state_fd is not None:
-                    await self._load(plan, ends.state_fd)
+                    self._unloaded = ends.state_fd, ends.vsock
+                    if plan.ahead:
+                        return
+                    await self._load(plan)
             except (TimeoutError, VoidboxError) as error:
                 failed = await self._did_not_start(plan)
                 raise (failed if plan.saved is None else NotRestored(failed.message)) from error
             if plan.saved is not None:
-                await self._plug_own(plan, ends.vsock)
+                await self._plug_own(plan)
 
-    async def _load(self, plan: MachinePlan, state_fd: int) -> None:
-        await self._monitor.load(state_fd)
+    async def _load(self, plan: MachinePlan) -> None:
+        assert self._unloaded is not None
+        await self._monitor.load(self._unloaded[0])
         plan.note("load")
 
-    async def _plug_own(self, plan: MachinePlan, vsock: VsockDevice) -> None:
+    async def _plug_own(self, plan: MachinePlan) -> None:
         """Give a restored machine what is its own, and let it go on."""
+        assert self._unloaded is not None
+        vsock, self._unloaded = self._unloaded[1], None
         await self._plug.put_in(vsock, plan.vsock_port)
         own = disk_devices(plan)[plan.restored_disks :]
         await self._monitor.plug(own, share_devices(plan), plan.restored_disks)
@@ -218,6 +226,10 @@ class QemuMachine:
 
     async def complete(self, plan: MachinePlan) -> None:
         """See `Machine.complete`."""
+        if self._unloaded is not None:
+            await self._load(plan)
+            await self._plug_own(plan)
+            return
         await self._monitor.plug(disk_devices(plan), ())
         await self._monitor.execute("cont")
         plan.note("plug")

@@ -69,6 +69,7 @@ class Registry:
         memory_overcommit: float,
         parallel_starts: int,
         pool: Bounds,
+        ready: int = 0,
         templates: bool = True,
         snapshots_mib: int = 16384,
         driver: DriverFactory = QemuDriver,
@@ -89,6 +90,7 @@ class Registry:
             driver,
             self._starts,
             bounds=pool,
+            ready=ready,
             templates=templates,
             snapshots_mib=snapshots_mib,
             free_cid=self._free_cid,
@@ -295,8 +297,8 @@ class Registry:
         taken = {box.record.cid for box in (*self._boxes.values(), *self.launcher.machines.values())}
         return prepare.choose_cid(taken, self._identities)
 
-    def _check_room(self, config: BoxConfig) -> None:
-        """Refuse what the host has no room for; what only waits in the pool makes room.
+    def _check_room(self, config: BoxConfig, *, waits: bool = False) -> None:
+        """Refuse what the host has no room for; machines that only wait make room, but not for their like.
 
         Raises:
             InvalidInput: this host can never give that.
@@ -308,7 +310,7 @@ class Registry:
         try:
             admission.check_room(config.resources, host, left, self._overcommit)
         except Exhausted:
-            released = self.launcher.pool.clear()
+            released = [] if waits else self.launcher.clear_waiting()
             if not released:
                 raise
             back = sum(box.resident_mib() for box in released)

@@ -65,7 +65,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Harness]:
     driver = FakeDriver()
     paths = Paths(state=tmp_path / "state", cache=tmp_path / "cache", runtime=tmp_path / "rt")
     async with contextlib.AsyncExitStack() as stack:
-        addresses = await stack.enter_async_context(running(Config(), paths, driver=driver))
+        addresses = await stack.enter_async_context(running(Config(ready_size=0), paths, driver=driver))
         channel = await stack.enter_async_context(open_channel(addresses[0]))
         yield Harness(channel, driver, tmp_path)
         for machine in driver.machines.values():
