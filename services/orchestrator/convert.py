@@ -187,6 +187,7 @@ def request_from_proto(message: pb.CreateRunRequest) -> r.Request:
             orphan_seconds=seconds_of(message.options.orphan_timeout, "options.orphan_timeout"),
             max_parallel=limit,
             timeout_seconds=seconds_of(message.options.timeout, "options.timeout"),
+            cold_boot=message.options.cold_boot,
         ),
     )
 

@@ -265,6 +265,7 @@ class Peers:
             config.resources.memory_mib = machine.memory_mib
             config.resources.vcpus = machine.vcpus
             config.resources.disk_mib = machine.disk_mib
+            config.cold_boot = machine.cold_boot
         else:
             config.snapshot = machine.snapshot
         if disk is not None:

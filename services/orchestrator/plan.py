@@ -6,10 +6,12 @@ restart and is always the same.
 
 from __future__ import annotations
 
+import dataclasses
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from services.common.errors import InvalidInput
 from voidbox.spec.checks import dependencies, find_output, input_guest, stages_of
 from voidbox.spec.models import (
     DEFAULT_OUTPUT_FILE,
@@ -59,6 +61,7 @@ class Machine:
     allowed_commands: tuple[str, ...] = ()
     volumes: tuple[Volume, ...] = ()
     pull_policy: PullPolicy = PullPolicy.MISSING
+    cold_boot: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +164,12 @@ class Plan:
         return next(stage for stage in self.stages if stage.name == name)
 
 
-def make_plan(spec: Spec, extra_mounts: tuple[Mount, ...] = ()) -> Plan:
-    """The plan of a valid spec whose environment is resolved."""
+def make_plan(spec: Spec, extra_mounts: tuple[Mount, ...] = (), *, cold_boot: bool = False) -> Plan:
+    """The plan of a valid spec whose environment is resolved.
+
+    Raises:
+        InvalidInput: boxes are to boot by themselves, and one is of a snapshot.
+    """
     match spec.kind:
         case Kind.AGENT:
             assert spec.agent is not None
@@ -176,6 +183,8 @@ def make_plan(spec: Spec, extra_mounts: tuple[Mount, ...] = ()) -> Plan:
         case Kind.SANDBOX:
             machine = _machine(spec.sandbox, BoxSandbox(), extra_mounts)
             stages = (PlannedStage(name="sandbox", position=0, group=0, machine=machine, work=Resident()),)
+    if cold_boot:
+        stages = tuple(_cold(stage) for stage in stages)
     return Plan(
         name=spec.name,
         kind=spec.kind,
@@ -183,6 +192,17 @@ def make_plan(spec: Spec, extra_mounts: tuple[Mount, ...] = ()) -> Plan:
         shared=spec.kind is Kind.WORKFLOW,
         output_from=_output_from(spec, stages),
     )
+
+
+def _cold(stage: PlannedStage) -> PlannedStage:
+    if stage.machine.snapshot:
+        raise InvalidInput(
+            f"stage {stage.name} starts from snapshot {stage.machine.snapshot}, which cannot boot by itself; "
+            "leave out --cold or the snapshot",
+            reason="COLD_SNAPSHOT",
+            field="options.cold_boot",
+        )
+    return dataclasses.replace(stage, machine=dataclasses.replace(stage.machine, cold_boot=True))
 
 
 def _output_from(spec: Spec, stages: tuple[PlannedStage, ...]) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ class Options:
     orphan_seconds: float = 0
     max_parallel: int = 0
     timeout_seconds: float = 0
+    cold_boot: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -174,7 +174,7 @@ class Orchestrator:
         base = request.base_directory or None
         spec = resolve_env(parse_spec(request.spec, request.filename, base), request.env)
         check_supported(spec)
-        for planned in make_plan(spec, request.mounts).stages:
+        for planned in make_plan(spec, request.mounts, cold_boot=request.options.cold_boot).stages:
             machine = planned.machine
             guests = [mount.guest for mount in machine.mounts] + [one.guest for one in machine.volumes]
             twice = sorted({guest for guest in guests if guests.count(guest) > 1})
@@ -194,7 +194,8 @@ class Orchestrator:
         assert run.request is not None
         request = run.request
         spec = parse_spec(request.spec, request.filename, request.base_directory or None)
-        return make_plan(resolve_env(spec, request.env), request.mounts)
+        spec = resolve_env(spec, request.env)
+        return make_plan(spec, request.mounts, cold_boot=request.options.cold_boot)
 
     def _start(self, run: r.Run) -> None:
         context = RunContext(

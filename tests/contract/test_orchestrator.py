@@ -415,6 +415,22 @@ async def test_time_limit_of_the_run(harness: Harness) -> None:
     assert not harness.fakes.boxes
 
 
+async def test_a_cold_run_asks_for_boxes_that_boot(harness: Harness) -> None:
+    seen: list[bool] = []
+
+    async def look(process: Process) -> int:
+        seen.extend(each.config.cold_boot for each in harness.fakes.boxes.values())
+        return 0
+
+    harness.fakes.programs["look"] = look
+    for run_id, cold in (("warm", False), ("cold", True)):
+        options = pb.RunOptions(cold_boot=cold)
+        await harness.create(pipeline([box("a", "look")]), run_id=run_id, options=options)
+        run = await harness.finish(run_id)
+        assert run.state == pb.RUN_STATE_SUCCEEDED
+    assert seen == [False, True]
+
+
 async def test_workflow_shares_a_box_and_any_failure_fails_the_run(harness: Harness) -> None:
     async def upper(process: Process) -> int:
         await process.print((await process.read_stdin()).upper())

@@ -141,6 +141,7 @@ class _Session:
             ),
             base_directory=str(Path.cwd()),
         )
+        request.options.cold_boot = self._args.cold
         if not self._args.keep:
             request.options.orphan_timeout.FromNanoseconds(int(ORPHAN_SECONDS * 1e9))
         keep = False

@@ -155,6 +155,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     run.add_argument("--detach", "-d", action="store_true", help="print the run's id and leave it running")
     run.add_argument("--timeout", type=_seconds, metavar="S", help="limit of the whole run in seconds")
     run.add_argument("--max-parallel", type=_positive, metavar="N", help="boxes at once")
+    run.add_argument("--cold", action="store_true", help=_COLD)
     validate = add("validate", "Check a spec without running it.")
     add_spec(validate, "spec file")
     inspect = add("inspect", "Show a spec with its defaults, or a run with its stages.")
@@ -188,6 +189,9 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     completion = add("completion", "Print a completion script for a shell.")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
     return parser, dict(commands.choices)
+
+
+_COLD = "boot each box afresh instead of restoring a saved machine"
 
 
 def _add_exec(command: Parser) -> None:
@@ -238,6 +242,7 @@ def _add_exec(command: Parser) -> None:
     )
     command.add_argument("--in", dest="target", metavar="BOX", help="a running box: box id, RUN or RUN/STAGE")
     command.add_argument("--keep", action="store_true", help="leave the box running afterwards")
+    command.add_argument("--cold", action="store_true", help=_COLD)
     command.add_argument("argv", nargs=argparse.REMAINDER, metavar="PROGRAM", help="program and arguments")
 
 

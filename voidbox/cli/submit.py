@@ -165,6 +165,7 @@ async def submit(
     if args.timeout:
         request.options.timeout.FromNanoseconds(int(args.timeout * 1e9))
     request.options.max_parallel_boxes = args.max_parallel or 0
+    request.options.cold_boot = args.cold
     for path in submission.files:
         request.files.append(await _upload(client, path, screen))
     return await client.create_run(request)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.common.errors import InvalidInput
 from services.orchestrator.plan import (
     AgentWork,
     ClientFile,
@@ -96,3 +97,12 @@ def test_mounts_of_the_request_are_added() -> None:
 )
 def test_an_output_with_a_suffix_is_a_file(guest: str, is_file: bool) -> None:
     assert Collected(name="o", guest=guest).is_file is is_file
+
+
+def test_a_cold_run_boots_all_its_boxes_and_takes_none_from_a_snapshot() -> None:
+    plan = make_plan(load_spec(EXAMPLES / "pipeline.yaml"), cold_boot=True)
+    assert {stage.machine.cold_boot for stage in plan.stages} == {True}
+    text = "{kind: sandbox, name: s, sandbox: {snapshot: warm}}"
+    assert not plan_of(text).stages[0].machine.cold_boot
+    with pytest.raises(InvalidInput, match="cannot boot by itself"):
+        make_plan(parse_spec(text, "s.yaml", "/base"), cold_boot=True)

@@ -935,8 +935,11 @@ class RunOptions(google.protobuf.message.Message):
     ORPHAN_TIMEOUT_FIELD_NUMBER: builtins.int
     MAX_PARALLEL_BOXES_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    COLD_BOOT_FIELD_NUMBER: builtins.int
     max_parallel_boxes: builtins.int
     """Boxes at once. 0 means the smaller of 4 and the number of processors."""
+    cold_boot: builtins.bool
+    """Each box boots by itself instead of being restored from a template. Boxes of snapshots cannot."""
     @property
     def orphan_timeout(self) -> google.protobuf.duration_pb2.Duration:
         """The run is cancelled when no `WatchRun` has been open for this long. Empty: never."""
@@ -951,9 +954,10 @@ class RunOptions(google.protobuf.message.Message):
         orphan_timeout: google.protobuf.duration_pb2.Duration | None = ...,
         max_parallel_boxes: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        cold_boot: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["orphan_timeout", b"orphan_timeout", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["max_parallel_boxes", b"max_parallel_boxes", "orphan_timeout", b"orphan_timeout", "timeout", b"timeout"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cold_boot", b"cold_boot", "max_parallel_boxes", b"max_parallel_boxes", "orphan_timeout", b"orphan_timeout", "timeout", b"timeout"]) -> None: ...
 
 global___RunOptions = RunOptions
 
