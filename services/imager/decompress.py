@@ -132,17 +132,12 @@ class LayerReader:
         raise item
 
     def _run(self) -> None:
-        outcome: VoidboxError | None = _END
+        outcome: VoidboxError | None = Corrupt(f"layer {self._digest} was not read", digest=self._digest)
         hasher = _Hasher()
-        raw = _HashingReader(self._blob, self._size, hasher if self._diff_id is None else None)
         try:
-            self._pump(raw, hasher)
+            outcome = self._outcome(hasher)
         except VoidboxError as error:
             outcome = error
-        except (igzip_lib.IsalError, zstandard.ZstdError, EOFError) as error:  # type: ignore[misc]
-            outcome = self._mismatch(raw, hasher) or Corrupt(
-                f"layer {self._digest} cannot be decompressed: {error}", digest=self._digest
-            )
         except OSError as error:
             outcome = Corrupt(f"layer {self._digest} cannot be read: {error}", digest=self._digest)
         except BaseException as error:
@@ -151,6 +146,17 @@ class LayerReader:
         finally:
             hasher.finish()
             self._queue.put(outcome)
+
+    def _outcome(self, hasher: _Hasher) -> VoidboxError | None:
+        """Read it all; what is wrong with it, or `_END`."""
+        raw = _HashingReader(self._blob, self._size, hasher if self._diff_id is None else None)
+        try:
+            self._pump(raw, hasher)
+        except (igzip_lib.IsalError, zstandard.ZstdError, EOFError) as error:  # type: ignore[misc]
+            return self._mismatch(raw, hasher) or Corrupt(
+                f"layer {self._digest} cannot be decompressed: {error}", digest=self._digest
+            )
+        return _END
 
     def _mismatch(self, raw: _HashingReader, hasher: _Hasher) -> Corrupt | None:
         """What is wrong with the blob itself, read to its end: a deeper cause than any other."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
@@ -20,6 +21,7 @@ from services.imager.progress import Progress, Report, silent
 DEFAULT_FREE_MIB: Final = 1024
 _CHUNK: Final = 1 << 20
 _REPORT_BYTES: Final = 2 * MIB
+OpenLayer = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,7 @@ def build_disk(
     limits: Limits,
     cancel: Cancel,
     report: Report = silent,
+    open_layer: OpenLayer | None = None,
 ) -> Disk:
     """The disk of `layers`, lowest first, which are in the cache; built if it is not there yet.
 
@@ -88,6 +91,7 @@ def build_disk(
     Args:
         free_mib: Room to leave for what a box writes.
         read_only: No box will ever write: no room at all, and the file system says so to every kernel.
+        open_layer: Opens the layer with a digest, if not the cache does.
 
     Raises:
         Corrupt: a layer is damaged; it has been removed from the cache.
@@ -114,6 +118,7 @@ def build_disk(
                 limits=limits,
                 cancel=cancel,
                 report=report,
+                open_layer=open_layer,
             )
         record: dict[str, Any] = {
             "diff_ids": [layer.diff_id for layer in layers],
@@ -138,13 +143,14 @@ def write_disk(
     limits: Limits,
     cancel: Cancel,
     report: Report,
+    open_layer: OpenLayer | None = None,
 ) -> ImageSize:
     """Merge the layers into an ext4 image in `file`, which is empty; `key` names it."""
     uuid, hash_seed = disk_seeds(key)
     with Ext4Writer(file, uuid=uuid, hash_seed=hash_seed) as writer:
         merger = LayerMerger(writer, limits, cancel)
         for layer in layers:
-            with cache.open_layer(layer.digest) as blob:
+            with (open_layer or cache.open_layer)(layer.digest) as blob:
                 counted = cast("BinaryIO", _Counting(blob, layer, report))
                 try:
                     merger.apply(

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from services.common.errors import Cancelled, Corrupt, Unavailable
+from services.imager.arrival import Arrival
 from services.imager.cache import ImageCache, disk_errors, hex_part
 from services.imager.limits import Cancel
 from services.imager.manifest import Descriptor
@@ -40,6 +41,7 @@ class PartialBlob:
 
     Args:
         where: Names the image in errors.
+        arrival: Told what has come, for who reads it already.
 
     Attributes:
         count: Bytes that are here.
@@ -47,10 +49,16 @@ class PartialBlob:
     """
 
     def __init__(
-        self, cache: ImageCache, descriptor: Descriptor, where: str, cancel: Cancel, report: Report
+        self,
+        cache: ImageCache,
+        descriptor: Descriptor,
+        where: str,
+        cancel: Cancel,
+        report: Report,
+        arrival: Arrival | None = None,
     ) -> None:
         self._cache, self._descriptor, self._where = cache, descriptor, where
-        self._cancel, self._report = cancel, report
+        self._cancel, self._report, self._arrival = cancel, report, arrival
         self._path = directory(cache) / hex_part(descriptor.digest)
         self._handle = -1
         self._digest = hashlib.sha256()
@@ -75,10 +83,14 @@ class PartialBlob:
             self._digest.update(data)
             self.count += len(data)
         self.resumed = self.count > 0
+        if self._arrival is not None:
+            self._arrival.begin(self._handle, self.count)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._arrival is not None:
+            self._arrival.lose()  # unless it is whole
         os.close(self._handle)
         lasting = isinstance(error, Unavailable | Cancelled) or not isinstance(error, Exception)
         if error is not None and not (lasting and self.count):
@@ -101,10 +113,14 @@ class PartialBlob:
         if (self.count + len(data)) // WRITEBACK_BYTES > self.count // WRITEBACK_BYTES:
             start_writeback(self._handle)
         self.count += len(data)
+        if self._arrival is not None:
+            self._arrival.grow(self.count)
         self._report(downloaded(self._descriptor, self.count))
 
     def reset(self) -> None:
         """Forget all bytes; the source begins again."""
+        if self._arrival is not None and self.count:
+            self._arrival.lose()
         os.ftruncate(self._handle, 0)
         os.lseek(self._handle, 0, os.SEEK_SET)
         self._digest = hashlib.sha256()
@@ -133,6 +149,8 @@ class PartialBlob:
         self._path.rename(final)
         for place in (final.parent, self._path.parent):
             _sync(place)
+        if self._arrival is not None:
+            self._arrival.finish()
 
     def _found(self) -> str:
         return f"sha256:{self._digest.hexdigest()}"

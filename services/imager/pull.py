@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
 
 from services.common.errors import Cancelled, Corrupt, InvalidInput, NotFound
+from services.imager.arrival import Arrival
 from services.imager.cache import COLLECT_LOCK, ImageCache
 from services.imager.disk import DEFAULT_FREE_MIB, Disk, build_disk, disk_key, find_disk
 from services.imager.docker_archive import DockerArchiveSource
+from services.imager.early import EarlyDisk
 from services.imager.files import ArchiveFiles, DirectoryFiles
 from services.imager.images import CachedImage, Catalog
 from services.imager.layout import LayoutSource
@@ -24,7 +27,6 @@ from services.imager.progress import Progress, Report, silent
 from services.imager.reference import (
     DockerArchiveReference,
     LayoutReference,
-    LocalReference,
     Reference,
     RegistryReference,
     parse_reference,
@@ -84,17 +86,48 @@ class ImageStore:
 
         After Unavailable and Cancelled the next pull goes on with the layers where this one stopped.
         """
-        parsed = parse_reference(reference)
-        if not isinstance(parsed, RegistryReference):
-            _require_absolute(parsed)
+        parsed, cancel = _absolute(reference), cancel or Cancel()
+        with self._pulling(cancel) as inner:
+            return self._pull(parsed, policy, platform or host_default(), insecure, inner, report)
+
+    def prepare(
+        self,
+        reference: str,
+        *,
+        free_mib: int = DEFAULT_FREE_MIB,
+        policy: PullPolicy = PullPolicy.MISSING,
+        platform: Platform | None = None,
+        insecure: bool = False,
+        cancel: Cancel | None = None,
+        report: Report = silent,
+    ) -> tuple[CachedImage, Disk]:
+        """The image and its disk, as `pull` and `disk` give them, made while the layers arrive.
+
+        Raises:
+            VoidboxError: as `pull` and `disk`. If the disk alone cannot be made, the image is in the cache.
+        """
+        parsed, cancel = _absolute(reference), cancel or Cancel()
         wanted = platform or host_default()
-        cancel = cancel or Cancel()
-        inner = Cancel()  # also ended by the first layer that fails
+        with self._pulling(cancel) as inner, EarlyDisk(self.cache, free_mib, self._limits, report) as early:
+            image = self._pull(parsed, policy, wanted, insecure, inner, report, early)
+            cancel.on_cancel(early.cancel)
+            try:
+                disk = early.result()
+            finally:
+                cancel.forget(early.cancel)
+        if disk is None:
+            disk = self.disk(image, free_mib=free_mib, cancel=cancel, report=report)
+        return image, disk
+
+    @contextlib.contextmanager
+    def _pulling(self, cancel: Cancel) -> Iterator[Cancel]:
+        """What every pull holds; yields what ends it, `cancel` or the first layer that fails."""
+        inner = Cancel()
         cancel.on_cancel(inner.cancel)
         try:
             with self.cache.lock(COLLECT_LOCK, cancel, shared=True):
                 drop_partial(self.cache)
-                return self._pull(parsed, policy, wanted, insecure, inner, report)
+                yield inner
         finally:
             cancel.forget(inner.cancel)
 
@@ -106,6 +139,7 @@ class ImageStore:
         insecure: bool,
         cancel: Cancel,
         report: Report,
+        early: EarlyDisk | None = None,
     ) -> CachedImage:
         ask = policy is PullPolicy.ALWAYS or (
             not isinstance(parsed, RegistryReference) and policy is not PullPolicy.NEVER
@@ -125,7 +159,9 @@ class ImageStore:
         with self._open(parsed, insecure, cancel) as source:
             resolved = resolve(source, wanted, str(parsed), self._limits)
             report(Progress(subject=str(parsed), action="resolve", done=1, total=1))
-            self.fetch(source, resolved.manifest.layers, str(parsed), cancel, report)
+            if early is not None:
+                early.begin(resolved.layers)
+            self.fetch(source, resolved.manifest.layers, str(parsed), cancel, report, early)
         self.cache.put_blob(resolved.manifest.config.digest, resolved.config_bytes)
         self.cache.put_blob(resolved.digest, resolved.manifest_bytes)
         self.catalog.remember(str(parsed), wanted, resolved.digest, time.time())
@@ -148,7 +184,13 @@ class ImageStore:
         return open_registry(parsed, insecure=insecure, settings=self.settings, limits=limits, cancel=cancel)
 
     def fetch(
-        self, source: Source, layers: Sequence[Descriptor], where: str, cancel: Cancel, report: Report
+        self,
+        source: Source,
+        layers: Sequence[Descriptor],
+        where: str,
+        cancel: Cancel,
+        report: Report,
+        early: EarlyDisk | None = None,
     ) -> None:
         """Download what is missing of `layers`, several at once; the first error ends the others.
 
@@ -163,7 +205,16 @@ class ImageStore:
             report(downloaded(layer, 0))
         with ThreadPoolExecutor(self._settings.parallel_layers, "layer-download") as pool:
             jobs = [
-                pool.submit(self._fetch, source, layer, where, cancel, report) for layer in missing.values()
+                pool.submit(
+                    self._fetch,
+                    source,
+                    layer,
+                    where,
+                    cancel,
+                    report,
+                    early.arrival(layer.digest) if early else None,
+                )
+                for layer in missing.values()
             ]
             errors = []
             for job in as_completed(jobs):
@@ -174,16 +225,26 @@ class ImageStore:
         if errors:
             raise next((error for error in errors if not isinstance(error, Cancelled)), errors[0])
 
-    def _fetch(self, source: Source, layer: Descriptor, where: str, cancel: Cancel, report: Report) -> None:
+    def _fetch(
+        self,
+        source: Source,
+        layer: Descriptor,
+        where: str,
+        cancel: Cancel,
+        report: Report,
+        arrival: Arrival | None,
+    ) -> None:
         with self.cache.lock(blob_lock(layer.digest), cancel):
             if not self.cache.has_blob(layer.digest, layer.size):
-                with PartialBlob(self.cache, layer, where, cancel, report) as blob:
+                with PartialBlob(self.cache, layer, where, cancel, report, arrival) as blob:
                     source.fetch(layer, blob)
                     if blob.resumed and not blob.matches():
                         # What an earlier pull left may have been damaged, e.g. by a power failure.
                         blob.reset()
                         source.fetch(layer, blob)
                     blob.finish()
+            elif arrival is not None:
+                arrival.finish()  # somebody else has brought it
         report(downloaded(layer, layer.size))
 
     def disk(
@@ -210,11 +271,13 @@ class ImageStore:
             )
 
 
-def _require_absolute(reference: LocalReference) -> None:
-    """Refuse a relative path: a service has no idea where its client is."""
-    if not reference.path.is_absolute():
+def _absolute(text: str) -> Reference:
+    """The reference; a relative path is refused: a service has no idea where its client is."""
+    reference = parse_reference(text)
+    if not isinstance(reference, RegistryReference) and not reference.path.is_absolute():
         scheme = str(reference).partition(":")[0]
         raise InvalidInput(
             f"{reference}: the path must be absolute, e.g. {scheme}:{Path('/path/to') / reference.path}",
             reason="BAD_REFERENCE",
         )
+    return reference

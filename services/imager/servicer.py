@@ -112,8 +112,16 @@ class ImagerServicer(imager_pb2_grpc.ImagerServiceServicer):
         free_mib = convert.free_mib_from(request.free_mib)
 
         def build(report: Report, cancel: Cancel) -> tuple[Disk, CachedImage]:
-            image = self._pull(request, report, cancel)
-            return self._store.disk(image, free_mib=free_mib, cancel=cancel, report=report), image
+            image, disk = self._store.prepare(
+                request.reference,
+                free_mib=free_mib,
+                policy=convert.policy_from(request.policy),
+                platform=convert.platform_from(request.platform),
+                insecure=request.insecure,
+                cancel=cancel,
+                report=report,
+            )
+            return disk, image
 
         async with contextlib.aclosing(self._jobs.stream(build)) as items:
             async for item in items:

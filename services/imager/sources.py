@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Final, Protocol
 
 from services.common.errors import Corrupt, InvalidInput, NotFound
+from services.imager.disk import LayerBlob
 from services.imager.limits import Cancel, Limits
 from services.imager.manifest import (
     Descriptor,
@@ -73,6 +74,14 @@ class ResolvedImage:
     manifest: Manifest
     config_bytes: bytes
     config: ImageConfig
+
+    @property
+    def layers(self) -> tuple[LayerBlob, ...]:
+        """The layers, lowest first."""
+        return tuple(
+            LayerBlob(digest=layer.digest, size=layer.size, diff_id=diff_id)
+            for layer, diff_id in zip(self.manifest.layers, self.config.diff_ids, strict=True)
+        )
 
 
 def resolve(source: Source, wanted: Platform, where: str, limits: Limits) -> ResolvedImage:

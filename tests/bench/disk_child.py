@@ -21,7 +21,7 @@ def main() -> None:
     started = time.perf_counter()
     if len(sys.argv) > 1:
         store = ImageStore(ImageCache(Path(sys.argv[1])), RegistrySettings())
-        store.disk(store.pull(sys.argv[2]))
+        store.prepare(sys.argv[2])
     seconds = time.perf_counter() - started
     # Not getrusage: its peak is at least that of the process that started this one.
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())

@@ -449,6 +449,7 @@ async def test_resolve_without_anything_says_how_to_get_a_guest_image(imager: Im
 async def test_a_cancelled_build_ends_and_leaves_nothing(imager: Imager, tmp_path: Path) -> None:
     items = [Item(name=b"f%06d" % number, data=bytes(20_000)) for number in range(4000)]
     layout = make_layout(tmp_path / "large", [make_tar(items)], compression="none")
+    await imager.pull(reference=f"oci:{layout}:t")  # else the disk may be whole before it is told of
     call = imager.stub.BuildDisk(pb.BuildDiskRequest(reference=f"oci:{layout}:t"))
     async for message in call:
         if message.progress.action == "convert":

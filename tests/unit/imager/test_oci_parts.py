@@ -235,6 +235,28 @@ def test_a_zstd_window_that_asks_for_gigabytes_is_refused() -> None:
         unpacked(blob, b"")
 
 
+def test_a_damaged_layer_that_cannot_be_read_further_is_never_a_short_one() -> None:
+    """The cause is looked for in the rest of the blob, and the disk fails while it is."""
+    blob = zlib.compress(os.urandom(1 << 20), 1, wbits=31)
+    damaged = blob[:600_000] + bytes(100_000)
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(size)
+            if not data:
+                raise OSError(5, "Input/output error")
+            return data
+
+    with (
+        LayerReader(
+            Failing(damaged), digest=sha256(blob), size=len(blob), diff_id=sha256(b""), limit=1 << 30
+        ) as reader,
+        pytest.raises(Corrupt, match=r"cannot be read: .*Input/output error"),
+    ):
+        for _ in reader:
+            pass
+
+
 def test_leaving_early_ends_the_thread() -> None:
     before = threading.active_count()
     blob = zlib.compress(bytes(50 << 20), 1, wbits=31)
