@@ -30,8 +30,8 @@ from services.hypervisor.egress.message import (
     without,
 )
 from services.hypervisor.egress.secret import CredentialSource, Secret
+from services.hypervisor.egress.serverside import Upstream
 from services.hypervisor.egress.stream import PlainStream, StreamError, serve_tls
-from services.hypervisor.egress.upstream import Upstream
 
 # What is kept of a request's body so that it can be sent again with a renewed token, or read for
 # its limits. The largest request that Anthropic takes has 32 MB, OpenAI's 50 MB; such are rare.
