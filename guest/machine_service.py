@@ -120,6 +120,7 @@ class MachineCalls:
         await asyncio.to_thread(
             self.mounts.mount,
             guest.root, request.source, request.type, request.path, request.mode, (guest.uid, guest.gid),
+            request.file,
         )  # fmt: skip
         return pb.MountResponse()
 

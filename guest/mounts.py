@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 
 from guest import boot, identity, syscalls
 from guest.arrival import wait_for
@@ -30,8 +31,10 @@ class Mounts:
         self._mounted: dict[str, list[str]] = {}
         self._count = 0
 
-    def mount(self, root: Root, source: str, kind: int, path: str, mode: int, owner: tuple[int, int]) -> None:
-        """Mount `source` at `path`, which is made if missing and then belongs to `owner`.
+    def mount(
+        self, root: Root, source: str, kind: int, path: str, mode: int, owner: tuple[int, int], file: str = ""
+    ) -> None:
+        """Mount `source`, or the one `file` in it, at `path`, which is made if missing, for `owner`.
 
         Raises:
             AgentError: there is no such device, or it cannot be mounted there.
@@ -48,6 +51,11 @@ class Mounts:
             raise invalid(f"mount mode {mode}", path=path)
         if not source or "," in source:
             raise invalid(f"{source!r} is not the name of a device", reason="BAD_MOUNT_SOURCE")
+        if file:
+            if "/" in file or file in (".", "..") or mode == OVERLAY:
+                raise invalid(f"{file!r} cannot be mounted by itself", reason="BAD_MOUNT_SOURCE")
+            self._mounted[path] = self._file(root, source, kind, path, mode, owner, file)
+            return
         try:
             root.make_directories(path, *owner, 0o755)
             target = root.open(path, os.O_PATH | os.O_DIRECTORY)
@@ -75,7 +83,7 @@ class Mounts:
         path = "/" + "/".join(part for part in path.split("/") if part)
         if path not in self._mounted:
             raise not_found(f"Mount has mounted nothing at {path}", reason="NOT_MOUNTED", path=path)
-        fd = root.open(path, os.O_PATH | os.O_DIRECTORY)
+        fd = root.open(path, os.O_PATH)
         try:
             real = os.readlink(f"/proc/self/fd/{fd}")
         finally:
@@ -87,6 +95,29 @@ class Mounts:
         for below in self._mounted.pop(path):
             with contextlib.suppress(OSError):
                 syscalls.umount(below, syscalls.MNT_DETACH)
+
+    def _file(
+        self, root: Root, source: str, kind: int, path: str, mode: int, owner: tuple[int, int], file: str
+    ) -> list[str]:
+        self._count += 1
+        base = f"{self._settings.run_dir}/files/{self._count}"
+        os.makedirs(base, mode=0o700)
+        flags = _SAFE | (0 if mode == READ_WRITE else syscalls.MS_RDONLY)
+        self._attach(source, kind, base, flags, path)
+        try:
+            target = _file_at(root, path, owner)
+            try:
+                place = f"/proc/self/fd/{target}"
+                syscalls.mount(f"{base}/{file}", place, flags=syscalls.MS_BIND)
+            finally:
+                os.close(target)
+        except OSError as error:
+            syscalls.umount(base, syscalls.MNT_DETACH)
+            raise from_os_error(error, path) from error
+        except BaseException:
+            syscalls.umount(base, syscalls.MNT_DETACH)
+            raise
+        return [base]
 
     def _overlay(self, source: str, kind: int, target: str, path: str) -> list[str]:
         boot.load_lazy(self._settings, "overlay")
@@ -134,6 +165,24 @@ class Mounts:
                 raise invalid(f"mount type {kind}", path=path)
         except OSError as error:
             raise _explain(error, source, path) from error
+
+
+def _file_at(root: Root, path: str, owner: tuple[int, int]) -> int:
+    """The file at `path`, opened to be mounted over; it is made if missing and then belongs to `owner`."""
+    root.make_parents(path, *owner)
+    try:
+        target = root.open(path, os.O_PATH)
+    except FileNotFoundError:
+        made = root.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            os.fchown(made, *owner)
+        finally:
+            os.close(made)
+        target = root.open(path, os.O_PATH)
+    if stat.S_ISDIR(os.fstat(target).st_mode):
+        os.close(target)
+        raise invalid(f"{path} is a directory, but a file is to be mounted there", path=path)
+    return target
 
 
 def _give_if_empty(root: Root, path: str, owner: tuple[int, int]) -> None:

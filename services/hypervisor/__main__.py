@@ -56,6 +56,8 @@ async def running(
         raise InvalidInput("parallel_starts must be 0 to 1000", reason="BAD_CONFIG")
     if config.snapshots_mib < 0:
         raise InvalidInput("snapshots_mib must not be negative", reason="BAD_CONFIG")
+    if config.changes_mib < 1 or config.kept_changes_mib < 0:
+        raise InvalidInput("changes_mib must be positive, kept_changes_mib not negative", reason="BAD_CONFIG")
     listen = Address.parse(config.listen or f"unix:{paths.runtime}/hypervisor.sock")
     token = read_token(config.token_file) if config.token_file else ""
     identities = Identities.for_service(config.machine_uid, config.machine_uids)
@@ -72,6 +74,8 @@ async def running(
             ready=config.ready_size,
             templates=config.templates,
             snapshots_mib=config.snapshots_mib,
+            changes_mib=config.changes_mib,
+            kept_changes_mib=config.kept_changes_mib,
             driver=driver,
         ) as registry:
             servicer = HypervisorServicer(registry, prober)

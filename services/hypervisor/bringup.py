@@ -132,7 +132,7 @@ async def start(
         raise failure.boot_timeout(box.id, seconds, machine.remains()) from error
     record.write_atomically(box.directory / layout.SECRET_FILE, identity.secret)
     phases.add("claim" if plan.saved or pooled else "boot")
-    attachments = prepare.attachments(box.record.config)
+    attachments = prepare.attachments(box.record.config, plan.files)
     if plan.restored_disks:
         attachments = [each for each in attachments if not each.disk]  # the guest has them mounted
     for attachment in attachments:

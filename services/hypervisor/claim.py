@@ -50,7 +50,8 @@ _BOOT_OPTIONS = (
 _MODES = {
     MountMode.READ_ONLY: common_pb2.MOUNT_MODE_READ_ONLY,
     MountMode.READ_WRITE: common_pb2.MOUNT_MODE_READ_WRITE,
-    MountMode.OVERLAY: common_pb2.MOUNT_MODE_OVERLAY,
+    # The host's side is the overlay; what the guest mounts may simply be written.
+    MountMode.OVERLAY: common_pb2.MOUNT_MODE_READ_WRITE,
 }
 
 
@@ -78,12 +79,16 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attachment:
-    """A device for the guest to mount: the mount tag of a share or the serial of a disk."""
+    """A device for the guest to mount: the mount tag of a share or the serial of a disk.
+
+    `file` is set if the share holds one file of that name, to be mounted by itself.
+    """
 
     source: str
     path: str
     mode: MountMode
     disk: bool = False
+    file: str = ""
 
 
 def guest_channel(directory_fd: int, name: str) -> grpc.aio.Channel:
@@ -216,6 +221,7 @@ class Guest:
             type=guest_pb2.MOUNT_TYPE_DISK if attachment.disk else guest_pb2.MOUNT_TYPE_9P,
             path=attachment.path,
             mode=_MODES[attachment.mode],
+            file=attachment.file,
         )
         try:
             await self.stub.Mount(request, timeout=MOUNT_SECONDS, metadata=self.metadata)

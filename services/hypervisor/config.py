@@ -41,6 +41,13 @@ class Config:
     snapshots_mib: int = setting(
         16384, "disk that all snapshots may take, in MiB; those not used for longest make room for new ones"
     )
+    changes_mib: int = setting(
+        10240,
+        "what one box may change in overlays of host directories, in MiB; it is stopped if it changes more",
+    )
+    kept_changes_mib: int = setting(
+        20480, "changes of boxes that have ended, in MiB; the oldest are removed to keep to it"
+    )
     memory_overcommit: float = setting(
         1.0,
         "memory promised to boxes may reach this multiple of the host's; guests take only what they touch",

@@ -20,25 +20,40 @@ import stat
 from collections.abc import Collection, Iterable
 from typing import Literal
 
+from services.hypervisor.mounting import (
+    ATTR_NODEV,
+    ATTR_NOEXEC,
+    ATTR_NOSUID,
+    ATTR_RDONLY,
+    MNT_DETACH,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_REC,
+    attach,
+    check,
+    clone,
+    mount,
+    set_attributes,
+    share_directory,
+    share_file,
+    share_overlay,
+    syscall,
+    workplace,
+)
+
 Namespaces = Literal["", "root", "user"]
 """None; made by root; made by anybody, in a user namespace."""
 
 _NEWNS, _NEWUTS, _NEWIPC = 0x20000, 0x04000000, 0x08000000
 _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
 
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 4, 8, 16384, 1 << 18
-_MNT_DETACH = 2
-_OPEN_TREE_CLONE, _AT_EMPTY_PATH, _AT_RECURSIVE, _AT_FDCWD = 1, 0x1000, 0x8000, -100
-_MOVE_MOUNT_F_EMPTY_PATH = 4
-_ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC = 1, 2, 4, 8
-_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store", "/etc/alternatives")
 _SYSTEM_FILES = ("/etc/ld.so.cache",)
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-# Where the new root is put together; whatever was there is out of sight then anyway.
-_WORKPLACES = ("/tmp", "/mnt", "/var/tmp", "/run")  # noqa: S108
 
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -61,18 +76,6 @@ class _Beneath(ctypes.Structure):
     _fields_ = (("allowed", ctypes.c_uint64), ("fd", ctypes.c_int32))
 
 
-def _check(result: int, what: str) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-    return result
-
-
-def _syscall(number: int, what: str, *arguments: object) -> int:
-    words = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
-    return _check(int(_libc.syscall(ctypes.c_long(number), *words)), what)
-
-
 def unshare(namespaces: Namespaces) -> None:
     """Give this process, which has one thread, and its children network, IPC and host name of their own.
 
@@ -85,7 +88,7 @@ def unshare(namespaces: Namespaces) -> None:
         return
     uid, gid = os.geteuid(), os.getegid()
     flags = _NEWNET | _NEWIPC | _NEWUTS | _NEWPID | (_NEWUSER if namespaces == "user" else 0)
-    _check(_libc.unshare(flags), "unshare")
+    check(_libc.unshare(flags), "unshare")
     if namespaces == "user":
         maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
         for name, text in maps.items():
@@ -94,7 +97,12 @@ def unshare(namespaces: Namespaces) -> None:
 
 
 def change_root(
-    program: str, fds: Iterable[int], writable: Collection[int], devices: Iterable[str] = ()
+    program: str,
+    fds: Iterable[int],
+    writable: Collection[int],
+    devices: Iterable[str] = (),
+    files: Collection[int] = (),
+    overlays: Collection[tuple[int, int, int]] = (),
 ) -> None:
     """Move this process into a mount namespace whose root holds what a machine needs, and nothing else.
 
@@ -103,36 +111,42 @@ def change_root(
         fds: Descriptors that it inherits; directories among them are replaced in place.
         writable: Those directories that may be written.
         devices: Device files besides the usual ones.
+        files: Files among `fds`, each of which becomes a directory that holds it.
+        overlays: Directories among `fds` that become overlays, with their upper and work directories.
 
     Raises:
         OSError: the host does not allow it.
     """
-    _check(_libc.unshare(_NEWNS), "unshare mounts")
-    _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
+    check(_libc.unshare(_NEWNS), "unshare mounts")
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    for layers in overlays:
+        share_overlay(*layers)
     for fd in fds:
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            _end_at_itself(fd, read_only=fd not in writable)
+        if fd in files:
+            share_file(fd, read_only=fd not in writable)
+        elif fd not in [layers[0] for layers in overlays] and stat.S_ISDIR(os.fstat(fd).st_mode):
+            share_directory(fd, read_only=fd not in writable)
     # Opened before the new root covers the place where it is made.
-    trees = {path: _clone(path) for path in _existing((*_system(program), *_SYSTEM_FILES))}
-    nodes = {path: _clone(path) for path in _existing((*_DEVICES, *devices))}
+    trees = {path: clone(path) for path in _existing((*_system(program), *_SYSTEM_FILES))}
+    nodes = {path: clone(path) for path in _existing((*_DEVICES, *devices))}
     links = {path: os.readlink(path) for path in _system(program) if os.path.islink(path)}
-    base = next(path for path in _WORKPLACES if os.path.isdir(path))
-    _mount("tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=64k")
+    base = workplace()
+    mount("tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755,size=64k")
     for path, tree in trees.items():
-        _set_attributes(tree, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
-        _attach(tree, f"{base}{path}")
+        set_attributes(tree, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV)
+        attach(tree, f"{base}{path}")
     for path, tree in nodes.items():
-        _attach(tree, f"{base}{path}")
+        attach(tree, f"{base}{path}")
     for path, target in links.items():
         os.symlink(target, f"{base}{path}")
     os.symlink("/proc/self/fd", f"{base}/dev/fd")
     _give_proc(f"{base}/proc")
     os.chdir(base)
-    _syscall(_SYS_PIVOT_ROOT[os.uname().machine], "pivot_root", b".", b".")
-    _check(_libc.umount2(b".", _MNT_DETACH), "umount the host's root")
+    syscall(_SYS_PIVOT_ROOT[os.uname().machine], "pivot_root", b".", b".")
+    check(_libc.umount2(b".", MNT_DETACH), "umount the host's root")
     os.chdir("/")
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    _set_attributes(root, _ATTR_RDONLY, recursive=False)
+    set_attributes(root, ATTR_RDONLY, recursive=False)
     os.close(root)
 
 
@@ -148,72 +162,16 @@ def _existing(paths: Iterable[str]) -> list[str]:
     return [path for path in paths if os.path.lexists(path) and not os.path.islink(path)]
 
 
-def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    _check(
-        _libc.mount(
-            source.encode() if source else None,
-            os.fsencode(target),
-            kind.encode() if kind else None,
-            ctypes.c_ulong(flags),
-            data.encode() or None,
-        ),
-        f"mount {target}",
-    )
-
-
-def _clone(path: str, fd: int = _AT_FDCWD) -> int:
-    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE | (_AT_EMPTY_PATH if not path else 0)
-    return _syscall(_SYS_OPEN_TREE, f"open_tree {path}", fd, os.fsencode(path), flags)
-
-
-def _set_attributes(tree: int, attributes: int, *, recursive: bool = True) -> None:
-    attr = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
-    flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
-    _syscall(_SYS_MOUNT_SETATTR, "mount_setattr", tree, b"", flags, ctypes.byref(attr), ctypes.sizeof(attr))
-
-
-def _attach(tree: int, target: str) -> None:
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    if stat.S_ISDIR(os.fstat(tree).st_mode):
-        os.makedirs(target, exist_ok=True)
-    else:
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    where = (_AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
-    _syscall(_SYS_MOVE_MOUNT, f"move_mount {target}", tree, b"", *where)
-    os.close(tree)
-
-
-def _end_at_itself(fd: int, *, read_only: bool) -> None:
-    """Replace a directory's descriptor by one of a mount that has no parent.
-
-    An inherited descriptor belongs to the mounts of whoever opened it, and `..` of it is the host.
-    """
-    path = os.readlink(f"/proc/self/fd/{fd}")
-    found = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if not os.path.samestat(os.fstat(found), os.fstat(fd)):
-            raise OSError(errno.ESTALE, f"{path} is another directory now")
-        tree = _clone("", found)
-    finally:
-        os.close(found)
-    try:
-        attributes = _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC | (_ATTR_RDONLY if read_only else 0)
-        _set_attributes(tree, attributes)
-        os.dup2(tree, fd, inheritable=os.get_inheritable(fd))
-    finally:
-        os.close(tree)
-
-
 def _give_proc(target: str) -> None:
     os.mkdir(target)
     try:
-        _mount("proc", target, "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+        mount("proc", target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     except PermissionError:
         # A container hides parts of its /proc, and then no other one may be mounted in a user
         # namespace. Processes of the host can be listed then; Landlock keeps them from being read.
-        tree = _clone("/proc")
-        _set_attributes(tree, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC)
-        _attach(tree, target)
+        tree = clone("/proc")
+        set_attributes(tree, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC)
+        attach(tree, target)
 
 
 def drop_privileges(uid: int | None, gid: int | None, groups: Collection[int]) -> None:
@@ -231,12 +189,12 @@ def drop_privileges(uid: int | None, gid: int | None, groups: Collection[int]) -
         os.setresuid(uid, uid, uid)
     _libc.prctl(_PR_CAP_AMBIENT, *map(ctypes.c_ulong, (_PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)))
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    _check(_libc.capset(ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)())), "capset")
+    check(_libc.capset(ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)())), "capset")
 
 
 def no_new_privileges() -> None:
     """No program that this process or a child runs gains privileges by it; Landlock asks for it."""
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))), "no_new_privs")
+    check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))), "no_new_privs")
 
 
 def landlock_abi() -> int:
@@ -265,7 +223,7 @@ def restrict(
     handled = _ALL_OF_ABI.get(abi, _ALL)
     attr = (ctypes.c_uint64 * 3)(handled, _NET_ALL, _SCOPE_ALL)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
-    ruleset = _syscall(_CREATE_RULESET, "landlock_create_ruleset", ctypes.byref(attr), size, 0)
+    ruleset = syscall(_CREATE_RULESET, "landlock_create_ruleset", ctypes.byref(attr), size, 0)
     read = _READ_FILE | _READ_DIR
     own = os.path.ismount("/proc") and os.readlink("/proc/self") == "1"
     for path in (*_system(program), *_SYSTEM_FILES, "/proc" if own else "/proc/self"):
@@ -275,7 +233,7 @@ def restrict(
     for fd in fds:
         change = _WRITE_FILE | _TRUNCATE | _REMOVE | _MAKE | _REFER if fd in writable else 0
         _allow(ruleset, fd, handled & (read | change))
-    _syscall(_RESTRICT_SELF, "landlock_restrict_self", ruleset, 0)
+    syscall(_RESTRICT_SELF, "landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
 
 
@@ -298,7 +256,7 @@ def _allow(ruleset: int, fd: int, access: int) -> None:
         access &= _FILE_RIGHTS
     rule = _Beneath(access, fd)
     try:
-        _syscall(_ADD_RULE, "landlock_add_rule", ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0)
+        syscall(_ADD_RULE, "landlock_add_rule", ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0)
     except OSError as error:
         if error.errno != errno.EBADFD:  # a memfd: Landlock does not look at those
             raise

@@ -22,7 +22,8 @@ class MachinePlan:
     """A machine to start: what it is made of, where its files go, and who runs it.
 
     The descriptors belong to whoever made the plan and may be closed once `start` returns.
-    `disk_fds` are (base, private layer or None) per disk, the root disk first.
+    `disk_fds` are (base, private layer or None) per disk, the root disk first. `file_fds` are those of
+    `mount_fds` that are single files, `overlays` (lower, upper, work directory) those that are overlays.
 
     With `saved` the machine is restored from it instead of booted, the first `restored_disks` of its
     disks being those that the saved machine had; with `into` it boots so that it can be saved there.
@@ -41,11 +42,18 @@ class MachinePlan:
     initramfs_fd: int | None = None
     disk_fds: tuple[tuple[int, int | None], ...] = ()
     mount_fds: tuple[int, ...] = ()
+    file_fds: tuple[int, ...] = ()
+    overlays: tuple[tuple[int, int, int], ...] = ()
     saved: Saved | None = None
     into: Saved | None = None
     restored_disks: int = 0
     ahead: bool = False
     note: Callable[[str], None] = lambda _phase: None
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """Which of the mounts are single files."""
+        return tuple(self.mount_fds.index(fd) for fd in self.file_fds)
 
     @property
     def frozen(self) -> bool:

@@ -134,6 +134,8 @@ def endpoints(
         groups=_accelerator_groups(plan.accelerator) if drop else (),
         pass_fds=tuple(pass_fds),
         writable_fds=_writable_fds(plan, disks, memory_fd),
+        file_fds=plan.file_fds,
+        overlays=plan.overlays,
         devices=(KVM,) if plan.accelerator is Accelerator.KVM else (),
         namespaces=programs.confinement.namespaces,
         landlock=programs.confinement.landlock,
@@ -199,14 +201,14 @@ def _writable_fds(plan: MachinePlan, disks: tuple[DiskDevice, ...], memory_fd: i
     """What QEMU may open anew for writing: its layers, its RAM, and what is shared for writing."""
     found = [disk.overlay_fd for disk in disks if disk.overlay_fd is not None]
     found += [fd for share, fd in zip(plan.config.mounts, plan.mount_fds, strict=True)
-              if share.mode is MountMode.READ_WRITE]  # fmt: skip
+              if share.mode is not MountMode.READ_ONLY]  # fmt: skip
     return (*found, *((memory_fd,) if memory_fd is not None else ()))
 
 
 def share_devices(plan: MachinePlan) -> tuple[ShareDevice, ...]:
     """The shares of a plan as QEMU is given them."""
     return tuple(
-        ShareDevice(tag=share_tag(number), directory_fd=fd, read_only=mount.mode is not MountMode.READ_WRITE)
+        ShareDevice(tag=share_tag(number), directory_fd=fd, read_only=mount.mode is MountMode.READ_ONLY)
         for number, (mount, fd) in enumerate(zip(plan.config.mounts, plan.mount_fds, strict=True))
     )
 

@@ -156,10 +156,10 @@ def reopenable(fd: int, identity: Identity) -> int:
 
 
 def open_mount(mount: Mount) -> int:
-    """A descriptor of a mount's host directory.
+    """A descriptor of a mount's host directory or file.
 
     Raises:
-        InvalidInput: missing, no directory, or a path that is not absolute (reason `BAD_MOUNT`).
+        InvalidInput: missing, neither of both, or a path that is not absolute (reason `BAD_MOUNT`).
     """
     where = f"mount {mount.host_path}:{mount.guest_path}"
     for side in (mount.host_path, mount.guest_path):
@@ -172,17 +172,20 @@ def open_mount(mount: Mount) -> int:
             path=mount.guest_path,
         )
     try:
-        return os.open(mount.host_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except NotADirectoryError:
-        raise InvalidInput(
-            f"{where}: the host's path is a file; only directories can be mounted",
-            reason="BAD_MOUNT",
-            path=mount.host_path,
-        ) from None
+        fd = os.open(mount.host_path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         raise InvalidInput(
             f"{where}: {error.strerror} (on the hypervisor's host)", reason="BAD_MOUNT", path=mount.host_path
         ) from error
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISDIR(kind) or (stat.S_ISREG(kind) and mount.mode is not MountMode.OVERLAY):
+        return fd
+    os.close(fd)
+    if stat.S_ISREG(kind):
+        what = "a file; only a directory can be an overlay"
+    else:
+        what = "neither a directory nor a regular file"
+    raise InvalidInput(f"{where}: the host's path is {what}", reason="BAD_MOUNT", path=mount.host_path)
 
 
 def machine_identity(mounts: Iterable[tuple[Mount, int]], fallback: Identity) -> tuple[Identity, bool]:
@@ -196,8 +199,8 @@ def machine_identity(mounts: Iterable[tuple[Mount, int]], fallback: Identity) ->
         fallback: Who it is if no mount decides.
 
     Raises:
-        InvalidInput: directories of several owners, one of root's shared for writing, or one
-            that the machine's user may not read (reason `BAD_MOUNT`).
+        InvalidInput: directories of several owners, one of root's shared for writing or as an overlay,
+            or one that the machine's user may not read (reason `BAD_MOUNT`).
     """
     opened = list(mounts)
     if os.geteuid() != 0:
@@ -206,10 +209,10 @@ def machine_identity(mounts: Iterable[tuple[Mount, int]], fallback: Identity) ->
     identity = fallback
     for mount, fd in opened:
         info = os.fstat(fd)
-        if info.st_uid == 0 and mount.mode is MountMode.READ_WRITE:
+        if info.st_uid == 0 and mount.mode is not MountMode.READ_ONLY:
             raise InvalidInput(
-                f"mount {mount.host_path}:{mount.guest_path}:rw: it belongs to root, and no machine runs "
-                f"as root; give it to a user first, e.g.: chown -R 1000:1000 {mount.host_path}",
+                f"mount {mount.host_path}:{mount.guest_path}:{mount.mode.value}: it belongs to root, and no "
+                f"machine runs as root; give it to a user first, e.g.: chown -R 1000:1000 {mount.host_path}",
                 reason="BAD_MOUNT",
                 path=mount.host_path,
             )
@@ -226,7 +229,7 @@ def machine_identity(mounts: Iterable[tuple[Mount, int]], fallback: Identity) ->
         if not _may_enter(os.fstat(fd), identity):
             raise InvalidInput(
                 f"mount {mount.host_path}:{mount.guest_path}: uid {identity.uid}, which the machine runs as, "
-                f"may not read the directory; run: chmod o+rx {mount.host_path}",
+                f"may not read it; run: chmod o+rX {mount.host_path}",
                 reason="BAD_MOUNT",
                 path=mount.host_path,
             )
@@ -234,12 +237,13 @@ def machine_identity(mounts: Iterable[tuple[Mount, int]], fallback: Identity) ->
 
 
 def _may_enter(info: os.stat_result, identity: Identity) -> bool:
+    needed = 0o555 if stat.S_ISDIR(info.st_mode) else 0o444
     if info.st_uid == identity.uid:
-        needed = 0o500
+        needed &= 0o700
     elif info.st_gid == identity.gid:
-        needed = 0o050
+        needed &= 0o070
     else:
-        needed = 0o005
+        needed &= 0o007
     return info.st_mode & needed == needed
 
 

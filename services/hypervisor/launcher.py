@@ -18,6 +18,7 @@ from typing import Protocol
 from services.common.errors import Internal, VoidboxError, WrongState
 from services.hypervisor import bringup, disks, prepare, record, saved
 from services.hypervisor.box import Box
+from services.hypervisor.changes import ChangeStore
 from services.hypervisor.claim import Identity
 from services.hypervisor.driver import Driver, MachinePlan, NotRestored
 from services.hypervisor.identities import Identities
@@ -68,6 +69,7 @@ class Launcher:
         ready: int,
         templates: bool,
         snapshots_mib: int,
+        changes: ChangeStore,
         free_cid: Callable[[], int],
         check_room: CheckRoom,
         quiet: Callable[[], Awaitable[None]],
@@ -86,6 +88,7 @@ class Launcher:
         self.templates = Templates(layout)
         self.snapshots = Snapshots(layout, snapshots_mib << 20)
         self.volumes = Volumes(layout.volumes)
+        self.changes = changes
         self.pool = Pool(bounds, make=self._make_pooled, end=self._end, quiet=quiet)
         self.ready = Pool(
             dataclasses.replace(bounds, size=ready), make=self._make_ready, end=self._end, quiet=quiet
@@ -217,6 +220,7 @@ class Launcher:
                 cid=cid,
                 fallback=self._identities.of(cid),
                 volumes=self.volumes,
+                changes=self.changes,
                 stack=stack,
                 boots=machine is None and pooled is None,
                 layered=layered,
@@ -340,6 +344,7 @@ class Launcher:
                     cid=box.record.cid,
                     fallback=self._identities.of(box.record.cid),
                     volumes=self.volumes,
+                    changes=self.changes,
                     stack=stack,
                     boots=False,
                     saved=template,

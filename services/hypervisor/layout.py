@@ -7,6 +7,7 @@
     guest.sock  qmp.sock
 <state>/hypervisor/machines/<name>/   the same for machines that are no boxes: they end with the service
 <state>/hypervisor/volumes/<name>/    a volume (services.hypervisor.volumes)
+<state>/hypervisor/changes/<box id>/  what a box has changed in overlays (services.hypervisor.changes)
 <state>/hypervisor/templates/<id>/    a saved machine (services.hypervisor.saved)
 <state>/hypervisor/snapshots/<name>/  the same, with its disks
 """
@@ -72,6 +73,11 @@ class Layout:
         """The directory that holds the volumes."""
         return self.root / "volumes"
 
+    @property
+    def changes(self) -> Path:
+        """The directory that holds what boxes have changed in overlays."""
+        return self.root / "changes"
+
     def template(self, template_id: str) -> Path:
         """A template's directory."""
         return self.templates / template_id
@@ -90,6 +96,7 @@ class Layout:
         private_dir(self.templates)
         private_dir(self.snapshots)
         private_dir(self.volumes)
+        private_dir(self.changes)
 
     def box(self, box_id: str) -> Path:
         """A box's directory; `box_id` has been checked."""

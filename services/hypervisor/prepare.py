@@ -7,16 +7,19 @@ import contextlib
 import dataclasses
 import os
 import random
+import stat
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from services.common.errors import InvalidInput, NotBuilt
+from services.common.errors import InvalidInput, NotBuilt, WrongState
 from services.hypervisor import disks, inputs
+from services.hypervisor.changes import ChangeStore, overlays
 from services.hypervisor.claim import Attachment
 from services.hypervisor.driver import MachinePlan
 from services.hypervisor.identities import Identities
 from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, BoxConfig, Disk, MountMode, Transport
+from services.hypervisor.mounting import SHARED_FILE
 from services.hypervisor.programs import Programs
 from services.hypervisor.saved import Saved
 from services.hypervisor.volumes import Volumes
@@ -52,8 +55,12 @@ def share_tag(number: int) -> str:
     return f"m{number}"
 
 
-def attachments(config: BoxConfig) -> list[Attachment]:
-    """What the guest has to mount after its claim, disks before shares."""
+def attachments(config: BoxConfig, files: Collection[int] = ()) -> list[Attachment]:
+    """What the guest has to mount after its claim, disks before shares, outer ones before inner ones.
+
+    Args:
+        files: Which of the mounts are single files.
+    """
     found = [
         Attachment(
             source=disk_serial(config, number),
@@ -65,10 +72,16 @@ def attachments(config: BoxConfig) -> list[Attachment]:
         if disk is not config.root_disk
     ]
     shares = [
-        Attachment(source=share_tag(number), path=mount.guest_path, mode=mount.mode)
+        Attachment(
+            source=share_tag(number),
+            path=mount.guest_path,
+            mode=mount.mode,
+            file=SHARED_FILE if number in files else "",
+        )
         for number, mount in enumerate(config.mounts)
     ]
-    return found + shares
+    # A mount hides what was mounted below its place before.
+    return sorted(found + shares, key=lambda each: each.path.rstrip("/").count("/"))
 
 
 def check_config(config: BoxConfig) -> None:
@@ -122,6 +135,7 @@ async def prepare(
     cid: int,
     fallback: Identity,
     volumes: Volumes,
+    changes: ChangeStore,
     stack: contextlib.ExitStack,
     boots: bool = True,
     layered: bool = False,
@@ -134,6 +148,7 @@ async def prepare(
         stack: Closes the descriptors.
         fallback: Who the machine runs as if no mount decides.
         volumes: Where `config`'s volumes are.
+        changes: Where what the box changes in overlays goes.
         boots: Whether it boots, and so needs a kernel.
         layered: Whether the private layers of its disks are in `directory` already, and the saved
             machine has its disks.
@@ -154,15 +169,23 @@ async def prepare(
         return fd
 
     mount_fds = [own(inputs.open_mount(mount)) for mount in config.mounts]
+    file_fds = tuple(fd for fd in mount_fds if not stat.S_ISDIR(os.fstat(fd).st_mode))
     identity, same_user = inputs.machine_identity(zip(config.mounts, mount_fds, strict=True), fallback)
+    if (file_fds or overlays(config)) and not programs.confinement.namespaces:
+        raise WrongState(
+            f"single files and overlays can only be mounted where machines get namespaces of their own; "
+            f"this host allows {programs.confinement.detail} (see: voidbox doctor)",
+            reason="NO_NAMESPACES",
+        )
+    layers = await asyncio.to_thread(changes.open_layers, box_id, config, mount_fds, stack)
     kernel = initramfs = None
     if boots:
         kernel, initramfs = await _boot_files(config, identity, stack)
     disk_fds: list[tuple[int, int | None]] = []
     for number, disk in enumerate(all_disks(config)):
         if disk.volume:
-            base, changes = volumes.open(disk.volume)
-            disk_fds.append((own(base), own(changes)))
+            base, private = volumes.open(disk.volume)
+            disk_fds.append((own(base), own(private)))
             continue
         base = own(inputs.open_disk_base(disk))
         layer = None
@@ -186,6 +209,8 @@ async def prepare(
         initramfs_fd=initramfs,
         disk_fds=tuple(disk_fds),
         mount_fds=tuple(mount_fds),
+        file_fds=file_fds,
+        overlays=layers,
         saved=saved,
         restored_disks=len(disk_fds) if layered else 0,
         note=note,

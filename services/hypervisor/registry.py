@@ -22,10 +22,13 @@ from services.common.errors import (
     InvalidInput,
     NotFound,
     VoidboxError,
+    WrongState,
 )
 from services.hypervisor import admission, bringup, prepare, record, volumes
 from services.hypervisor.admission import Host
 from services.hypervisor.box import DEFAULT_STOP_GRACE, Box
+from services.hypervisor.change_meter import ChangeMeter
+from services.hypervisor.changes import ChangeStore, overlays
 from services.hypervisor.identities import Identities
 from services.hypervisor.launcher import DriverFactory, Launcher, Source
 from services.hypervisor.layout import Layout
@@ -35,6 +38,7 @@ from services.hypervisor.pidfd import host_boot_id, kill_now
 from services.hypervisor.pool import Bounds
 from services.hypervisor.probe import Prober
 from services.hypervisor.qemu import QemuDriver
+from services.hypervisor.reviews import Reviews
 from services.hypervisor.states import BoxState
 from services.hypervisor.volumes import Volume
 from services.hypervisor.watch import Watchers
@@ -72,6 +76,8 @@ class Registry:
         ready: int = 0,
         templates: bool = True,
         snapshots_mib: int = 16384,
+        changes_mib: int = 10240,
+        kept_changes_mib: int = 20480,
         driver: DriverFactory = QemuDriver,
     ) -> None:
         self._layout = layout
@@ -93,10 +99,13 @@ class Registry:
             ready=ready,
             templates=templates,
             snapshots_mib=snapshots_mib,
+            changes=ChangeStore(layout.changes, changes_mib << 20, kept_changes_mib << 20),
             free_cid=self._free_cid,
             check_room=self._check_room,
             quiet=self._quiet,
         )
+        self.reviews = Reviews(self.launcher.changes)
+        self.meter = ChangeMeter(self.launcher.changes)
         self.watchers = Watchers()
 
     async def __aenter__(self) -> Registry:
@@ -110,6 +119,7 @@ class Registry:
         records = sorted((each for each in found if each is not None), key=lambda each: each.create_time)
         for each in records:
             self._boxes[each.id] = Box(each, self._layout.box(each.id), self.watchers.changed)
+        await self.launcher.changes.clean(self._boxes)
         async with asyncio.TaskGroup() as group:
             for box in self._boxes.values():
                 if box.record.state.alive:
@@ -141,6 +151,7 @@ class Registry:
             if box.record.state is BoxState.STOPPING:
                 raise Internal("it was being stopped")
             await bringup.adopt(box, driver)
+            self.meter.watch(box)
             log.info("box %s goes on", box.id)
         except VoidboxError as error:
             log.warning("box %s is not taken up: %s", box.id, error.message)
@@ -154,6 +165,7 @@ class Registry:
         await asyncio.gather(*(each.task for each in self._creations.values()), return_exceptions=True)
         for box in self._boxes.values():
             await box.let_go()
+        await self.meter.close()
         await self.launcher.close()
 
     # Reading
@@ -249,6 +261,7 @@ class Registry:
             if disk.volume in users:
                 raise volumes.in_use(disk.volume, users[disk.volume])
         admission.check_disk(self._layout.boxes)
+        self.launcher.changes.check_free(box_id, config)
         fresh = BoxRecord(
             id=box_id,
             config=config,
@@ -283,10 +296,12 @@ class Registry:
             async with self._starts:
                 phases.add("queue")
                 await self.launcher.start(box, start_seconds, phases, source)
+            self.meter.watch(box)
         except BaseException as error:
             stopped = isinstance(error, asyncio.CancelledError)
             await box.destroy("stopped while it was starting" if stopped else str(error))
             await asyncio.to_thread(self._layout.remove, box.id)
+            await self.launcher.changes.remove(box.id)
             del self._boxes[box.id]
             self.watchers.deleted(box.record)
             if isinstance(error, OSError):
@@ -406,9 +421,25 @@ class Registry:
             return
         await box.let_go()
         await asyncio.to_thread(self._layout.remove, box_id)
+        if overlays(box.record.config):
+            await self.launcher.changes.end(box_id)
         if self._boxes.get(box_id) is box:
             del self._boxes[box_id]
             self.watchers.deleted(box.record)
+
+    async def delete_changes(self, box_id: str) -> None:
+        """Throw away what a box that is gone has changed in overlays. Idempotent.
+
+        Raises:
+            WrongState: the box exists.
+        """
+        if check_box_id(box_id) in self._boxes:
+            raise WrongState(
+                f"box {box_id} still exists, and its changes go with it: voidbox box rm {box_id}",
+                reason="BOX_EXISTS",
+                box=box_id,
+            )
+        await self.launcher.changes.remove(box_id)
 
     def watch(self, box_id: str) -> AsyncIterator[tuple[BoxRecord, bool]]:
         """Yield (box, whether it was deleted): the present boxes, then each change.

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from services.common.errors import InvalidInput, VoidboxError, WrongState
-from services.hypervisor import console, convert, layout
+from services.hypervisor import console, convert, convert_changes, layout
 from services.hypervisor.box import DEFAULT_STOP_GRACE
 from services.hypervisor.capabilities import describe_host
 from services.hypervisor.prepare import unsupported
@@ -218,6 +218,43 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
         """Removes a volume that no box uses."""
         await asyncio.to_thread(self._registry.launcher.volumes.delete, request.name)
         return pb.DeleteVolumeResponse()
+
+    async def ListChanges(self, request: pb.ListChangesRequest, context: Context) -> pb.ListChangesResponse:
+        """Lists what is kept of boxes' changes."""
+        kept = await asyncio.to_thread(self._registry.launcher.changes.all, request.labels)
+        found, token = convert.page(kept, request.page_size, request.page_token)
+        return pb.ListChangesResponse(changes=map(convert_changes.change_set, found), next_page_token=token)
+
+    async def ReadChanges(
+        self, request: pb.ReadChangesRequest, context: Context
+    ) -> AsyncIterator[pb.ReadChangesResponse]:
+        """Streams what a box has changed."""
+        selection = convert_changes.selection(request)
+        async for each in self._registry.reviews.read(selection, content=request.content):
+            yield convert_changes.read_response(each)
+
+    async def ApplyChanges(
+        self, request: pb.ApplyChangesRequest, context: Context
+    ) -> AsyncIterator[pb.ApplyChangesResponse]:
+        """Brings changes to the host."""
+        done = await self._registry.reviews.apply(
+            convert_changes.selection(request),
+            dry_run=request.dry_run,
+            force=request.force,
+            trust=request.trust,
+        )
+        for overlay, outcomes in done:
+            yield pb.ApplyChangesResponse(directory=convert_changes.directory(overlay))
+            for each in outcomes:
+                change = convert_changes.change(each.change)
+                yield pb.ApplyChangesResponse(change=change, applied=each.applied)
+
+    async def DeleteChanges(
+        self, request: pb.DeleteChangesRequest, context: Context
+    ) -> pb.DeleteChangesResponse:
+        """Throws changes away."""
+        await self._registry.delete_changes(request.box_id)
+        return pb.DeleteChangesResponse()
 
 
 async def _upward(requests: AsyncIterator[pb.ForwardPortRequest]) -> AsyncIterator[bytes]:

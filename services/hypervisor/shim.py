@@ -193,7 +193,7 @@ class Shim:
         # Only now: its own root and user were for QEMU's process to take on.
         confine.drop_privileges(config.uid, config.gid, config.groups)
         self._pidfd = os.pidfd_open(self._pid)
-        for fd in config.pass_fds:
+        for fd in (*config.pass_fds, *config.layer_fds()):
             os.close(fd)
         self._loop.add(self._pidfd, IN, self._exited)
         if config.console_read_fd is not None and config.console_log_fd is not None:
@@ -377,12 +377,19 @@ def _become_machine(config: ShimConfig, report: int) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         for fd in config.pass_fds:
             os.set_inheritable(fd, True)
-        keep = sorted({0, 1, 2, report, *config.pass_fds})
+        keep = sorted({0, 1, 2, report, *config.pass_fds, *config.layer_fds()})
         for low, high in zip(keep, [*keep[1:], 1 << 20], strict=True):
             os.closerange(low + 1, high)
         program = config.argv[0]
         if config.namespaces:
-            confine.change_root(program, config.pass_fds, config.writable_fds, config.devices)
+            confine.change_root(
+                program,
+                config.pass_fds,
+                config.writable_fds,
+                config.devices,
+                config.file_fds,
+                config.overlays,
+            )
         confine.drop_privileges(config.uid, config.gid, config.groups)
         if config.landlock:
             confine.restrict(program, config.pass_fds, config.writable_fds, config.devices)

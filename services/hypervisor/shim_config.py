@@ -41,6 +41,9 @@ class ShimConfig:
         groups: Supplementary groups to keep then (the one that may open `/dev/kvm`).
         pass_fds: What QEMU inherits, under the same numbers.
         writable_fds: Those of them that it may open again for writing, or write below.
+        file_fds: Files among `pass_fds`, each of which it gets as a directory that holds it.
+        overlays: Directories among `pass_fds` that it gets as overlays: each with the directory that
+            receives the changes, and the overlay's work directory.
         devices: Device files that it opens by path, besides /dev/null and /dev/urandom.
         namespaces: Who makes it namespaces of its own, see `confine.Namespaces`.
         landlock: Whether Landlock restricts it to these files.
@@ -64,6 +67,8 @@ class ShimConfig:
     groups: tuple[int, ...] = ()
     pass_fds: tuple[int, ...] = ()
     writable_fds: tuple[int, ...] = ()
+    file_fds: tuple[int, ...] = ()
+    overlays: tuple[tuple[int, int, int], ...] = ()
     devices: tuple[str, ...] = ()
     namespaces: Namespaces = ""
     landlock: bool = False
@@ -100,6 +105,10 @@ class ShimConfig:
             raise ConfigInvalid(f"a descriptor is named twice: {sorted(used)}")
         if not set(self.writable_fds) <= set(self.pass_fds):
             raise ConfigInvalid("writable_fds names a descriptor that QEMU does not inherit")
+        if not set(self.file_fds) | {layers[0] for layers in self.overlays} <= set(self.pass_fds):
+            raise ConfigInvalid("file_fds or overlays names a descriptor that QEMU does not inherit")
+        if (self.file_fds or self.overlays) and not self.namespaces:
+            raise ConfigInvalid("file_fds and overlays need namespaces")
         if self.namespaces not in ("", "root", "user") or not isinstance(self.landlock, bool):
             raise ConfigInvalid(f"namespaces is {self.namespaces!r}, landlock {self.landlock!r}")
         if not all(isinstance(path, str) and path.startswith("/dev/") for path in self.devices):
@@ -120,7 +129,11 @@ class ShimConfig:
             self.exit_fd,
             self.ready_fd,
         )
-        return (*(fd for fd in own if fd is not None), *self.pass_fds)
+        return (*(fd for fd in own if fd is not None), *self.pass_fds, *self.layer_fds())
+
+    def layer_fds(self) -> tuple[int, ...]:
+        """The upper and work directories of `overlays`, which QEMU itself does not get."""
+        return tuple(fd for layers in self.overlays for fd in layers[1:])
 
     def to_json(self) -> bytes:
         """What to write to `--config-fd`, before closing it."""
@@ -142,11 +155,12 @@ class ShimConfig:
         unknown = content.keys() - {each.name for each in fields(cls)}
         if unknown:
             raise ConfigInvalid(f"unknown field {min(unknown)!r}")
-        for name in ("argv", "groups", "pass_fds", "writable_fds", "devices"):
+        for name in ("argv", "groups", "pass_fds", "writable_fds", "file_fds", "overlays", "devices"):
             if name in content:
                 if not isinstance(content[name], list):
                     raise ConfigInvalid(f"{name} is not a list")
                 content[name] = tuple(content[name])
+        content["overlays"] = tuple(tuple(layers) for layers in content.get("overlays", ()))
         try:
             return cls(**content)
         except TypeError as error:

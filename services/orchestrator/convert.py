@@ -220,6 +220,8 @@ def _mount(message: common_pb2.Mount) -> Mount:
         mode = MountMode.READ_WRITE
     elif message.mode in (common_pb2.MOUNT_MODE_UNSPECIFIED, common_pb2.MOUNT_MODE_READ_ONLY):
         mode = MountMode.READ_ONLY
+    elif message.mode == common_pb2.MOUNT_MODE_OVERLAY:
+        mode = MountMode.OVERLAY
     else:
         raise InvalidInput(f"mount of {message.host_path}: this mode is not available", field="mounts.mode")
     return Mount(host=message.host_path, guest=message.guest_path, mode=mode)
@@ -232,6 +234,9 @@ def request_digest(message: pb.CreateRunRequest) -> str:
 
 def mount_to_proto(mount: Mount) -> common_pb2.Mount:
     """A mount."""
-    read_write = mount.mode is MountMode.READ_WRITE
-    mode: Any = common_pb2.MOUNT_MODE_READ_WRITE if read_write else common_pb2.MOUNT_MODE_READ_ONLY
+    mode: Any = {
+        MountMode.READ_ONLY: common_pb2.MOUNT_MODE_READ_ONLY,
+        MountMode.READ_WRITE: common_pb2.MOUNT_MODE_READ_WRITE,
+        MountMode.OVERLAY: common_pb2.MOUNT_MODE_OVERLAY,
+    }[mount.mode]
     return common_pb2.Mount(host_path=mount.host, guest_path=mount.guest, mode=mode)

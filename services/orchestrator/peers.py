@@ -338,6 +338,19 @@ class Peers:
 
         await patiently("hypervisor", call, self.patience if seconds is None else seconds)
 
+    async def delete_changes(self, labels: Mapping[str, str]) -> None:
+        """Throw away what boxes with `labels`, which have ended, have changed in overlays."""
+        token = ""
+        while True:
+            request = hypervisor_pb2.ListChangesRequest(page_size=1000, page_token=token, labels=labels)
+            response = await _unary(self._hypervisor.ListChanges(request, timeout=_SHORT_SECONDS))
+            for each in response.changes:
+                gone = hypervisor_pb2.DeleteChangesRequest(box_id=each.box_id)
+                await _unary(self._hypervisor.DeleteChanges(gone, timeout=_DELETE_SECONDS))
+            token = response.next_page_token
+            if not token:
+                return
+
     async def list_boxes(self, labels: Mapping[str, str]) -> list[tuple[str, dict[str, str]]]:
         """Ids and labels of all boxes that have `labels`."""
         found: list[tuple[str, dict[str, str]]] = []

@@ -360,6 +360,12 @@ class Orchestrator:
         unused = await self._database(Store.delete_run, run_id)
         await asyncio.to_thread(self.blobs.remove, unused)
         await asyncio.to_thread(self.blobs.sweep, await self._database(Store.used_digests))
+        try:
+            mine = {LABEL_INSTANCE: self._database.store.instance, LABEL_RUN: run_id}
+            await self.peers.delete_changes(mine)
+        except VoidboxError as error:
+            # They give way to newer ones in time.
+            log.warning("what the boxes of run %s have changed is not removed: %s", run_id, error)
 
     async def _ended(self, run_id: str) -> r.Run:
         run = await self._database(Store.run, run_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,94 @@ async def list_volumes(service: Harness) -> None:
     assert not rest.next_page_token
 
 
+async def changed_box(service: Harness) -> tuple[Path, Path]:
+    """A box with an overlay that it has changed a file of; the host's directory and the overlay's."""
+    host = service.kernel.parent / "host"
+    host.mkdir()
+    for path in (host, *host.parents):
+        if path.owner() == "root" and path.is_relative_to(service.kernel.parent):
+            path.chmod(0o755)
+    (host / "file").write_text("old")
+    if os.geteuid() == 0:
+        os.chown(host, 1234, 1234)
+    mount = common_pb2.Mount(host_path=str(host), guest_path="/w", mode=common_pb2.MOUNT_MODE_OVERLAY)
+    await service.create("b", mounts=[mount], labels={"a": "1"})
+    (asked,) = service.driver.machines["b"].guest.mounts
+    assert asked.mode == common_pb2.MOUNT_MODE_READ_WRITE, "the guest may write to what the host keeps apart"
+    [(_, _, _)] = service.driver.plans[-1].overlays
+    upper = service.kernel.parent / "state/hypervisor/changes/b/0/upper"
+    (upper / "file").write_text("new")
+    (upper / "out").symlink_to("/etc")
+    return host, upper
+
+
+async def list_changes(service: Harness) -> None:
+    await changed_box(service)
+    answer = await service.hypervisor.ListChanges(pb.ListChangesRequest(labels={"a": "1"}))
+    [found] = answer.changes
+    assert (found.box_id, dict(found.labels), found.ended) == ("b", {"a": "1"}, False)
+    assert [each.guest_path for each in found.directories] == ["/w"]
+    assert not (await service.hypervisor.ListChanges(pb.ListChangesRequest(labels={"a": "2"}))).changes
+    await service.delete("b")
+    [found] = (await service.hypervisor.ListChanges(pb.ListChangesRequest())).changes
+    assert (found.ended, found.size_bytes) == (True, 8192)
+    host = found.directories[0].host_path
+    again = common_pb2.Mount(host_path=host, guest_path="/w", mode=common_pb2.MOUNT_MODE_OVERLAY)
+    error = await refused(service.create("b", mounts=[again]))
+    assert error.reason == "CHANGES_EXIST"
+
+
+async def read_changes(service: Harness) -> None:
+    host, _ = await changed_box(service)
+    request = pb.ReadChangesRequest(box_id="b", content=True)
+    got = [each async for each in service.hypervisor.ReadChanges(request)]
+    assert [each.WhichOneof("result") for each in got] == [
+        "directory", "change", "content", "content", "change",
+    ]  # fmt: skip
+    assert got[0].directory == pb.ChangedDirectory(guest_path="/w", host_path=str(host))
+    assert (got[1].change.path, got[1].change.kind) == (b"file", pb.CHANGE_KIND_MODIFIED)
+    assert [(each.content.host, each.content.data) for each in got[2:4]] == [(True, b"old"), (False, b"new")]
+    assert (got[4].change.target, bool(got[4].change.held)) == (b"/etc", True)
+    for bad, kind in (
+        (pb.ReadChangesRequest(box_id="c"), NotFound),
+        (pb.ReadChangesRequest(box_id="b", guest_path="/x"), NotFound),
+        (pb.ReadChangesRequest(box_id="b", paths=[b"../x"]), InvalidInput),
+    ):
+
+        async def read(request: pb.ReadChangesRequest = bad) -> None:
+            async for _ in service.hypervisor.ReadChanges(request):
+                pass
+
+        assert isinstance(await refused(read()), kind)
+
+
+async def apply_changes(service: Harness) -> None:
+    host, _ = await changed_box(service)
+
+    async def apply(**options: Any) -> list[tuple[bytes, bool]]:
+        request = pb.ApplyChangesRequest(box_id="b", **options)
+        got = [each async for each in service.hypervisor.ApplyChanges(request)]
+        return [(each.change.path, each.applied) for each in got[1:]]
+
+    assert await apply(dry_run=True) == [(b"file", True), (b"out", False)]
+    assert (host / "file").read_text() == "old"
+    assert await apply() == [(b"file", True), (b"out", False)]
+    assert (host / "file").read_text() == "new"
+    assert await apply(trust=True) == [(b"out", True)]
+    assert (host / "out").readlink() == Path("/etc")
+
+
+async def delete_changes(service: Harness) -> None:
+    _, upper = await changed_box(service)
+    request = pb.DeleteChangesRequest(box_id="b")
+    assert isinstance(await refused(service.hypervisor.DeleteChanges(request)), WrongState)
+    await service.delete("b")
+    assert upper.exists()
+    await service.hypervisor.DeleteChanges(request)
+    await service.hypervisor.DeleteChanges(request)
+    assert not upper.exists()
+
+
 async def delete_volume(service: Harness) -> None:
     await service.hypervisor.CreateVolume(pb.CreateVolumeRequest(name="v", size_mib=64))
     disk = pb.Disk(volume="v", guest_path="/data", writable=True)
@@ -422,6 +511,10 @@ CASES: dict[str, Callable[[Harness], Awaitable[None]]] = {
     "CreateVolume": create_volume,
     "ListVolumes": list_volumes,
     "DeleteVolume": delete_volume,
+    "ListChanges": list_changes,
+    "ReadChanges": read_changes,
+    "ApplyChanges": apply_changes,
+    "DeleteChanges": delete_changes,
 }
 METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["HypervisorService"].methods]
 

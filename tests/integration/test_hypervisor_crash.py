@@ -156,9 +156,10 @@ async def test_an_unprivileged_user_runs_boxes_with_mounts_and_forks() -> None:
 
 async def run_unprivileged(uid: int, home: Path) -> None:
     """Everything of the service belongs to `uid` and is in `home`."""
-    share = home / "share"
-    share.mkdir()
-    os.chown(share, uid, uid)
+    share, layered = home / "share", home / "layered"
+    for directory in (share, layered):
+        directory.mkdir()
+        os.chown(directory, uid, uid)
     image = home / "image"
     image.mkdir()
     for file in (guest_image().kernel, guest_image().initramfs):
@@ -176,7 +177,8 @@ async def run_unprivileged(uid: int, home: Path) -> None:
                 "plain",
                 **files,
                 mounts=[
-                    {"host_path": str(share), "guest_path": "/mnt/share", "mode": "MOUNT_MODE_READ_WRITE"}
+                    {"host_path": str(share), "guest_path": "/mnt/share", "mode": "MOUNT_MODE_READ_WRITE"},
+                    {"host_path": str(layered), "guest_path": "/mnt/over", "mode": "MOUNT_MODE_OVERLAY"},
                 ],
             )
             assert Path(f"/proc/{box.vmm_pid}").stat().st_uid == uid
@@ -186,11 +188,20 @@ async def run_unprivileged(uid: int, home: Path) -> None:
             assert (share / "who").stat().st_uid == uid
             stats = await client.hypervisor.GetBoxStats(pb.GetBoxStatsRequest(box_id="plain"))
             assert stats.resident_bytes > 100 << 20
+            script = "cd /mnt/over && mkdir -p d shut && echo x > d/x && echo x > shut/x && chmod 0 shut"
+            exit_, _, error = await client.run("plain", "sh", "-c", script)
+            assert exit_.exit_code == 0, error
             await client.delete("plain")
+            assert os.listdir(layered) == []
+            request = pb.ApplyChangesRequest(box_id="plain")
+            done = [each async for each in client.hypervisor.ApplyChanges(request, timeout=60)]
+            assert [each.applied for each in done] == [False, True, True, True, True], done
+            assert (layered / "shut/x").stat().st_uid == uid
+            assert not (service.layout.changes / "plain").exists()
             await client.create("parent", **files)
             await client.run("parent", "sh", "-c", "echo kept > /tmp/file")
-            request = pb.ForkBoxRequest(box_id="parent", fork_ids=["child"])
-            await client.hypervisor.ForkBox(request, timeout=60)
+            fork = pb.ForkBoxRequest(box_id="parent", fork_ids=["child"])
+            await client.hypervisor.ForkBox(fork, timeout=60)
             _, out, error = await client.run("child", "cat", "/tmp/file")
             assert out == b"kept\n", error
             for name in ("parent", "child"):

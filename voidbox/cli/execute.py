@@ -22,6 +22,7 @@ from services.common.errors import (
 )
 from voidbox.cli import program, terminal
 from voidbox.cli.boxes import find_box
+from voidbox.cli.changes import tell_kept
 from voidbox.cli.connection import Context, Stack
 from voidbox.cli.exitcode import ExitCode
 from voidbox.cli.progress import describe
@@ -199,6 +200,9 @@ class _Session:
                 run = await client.cancel_run(run_id, "its program has ended")
                 if run.state not in RUN_ENDED:
                     await client.wait_run(run_id)
+                overlays = any(option.endswith(":overlay") for option in self._args.mount)
+                if overlays and await tell_kept(self._context, client, run_id):
+                    return
                 await client.delete_run(run_id)
         except NotFound:
             return

@@ -176,6 +176,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     remove = add("rm", "Remove ended runs with their events and artifacts.")
     remove.add_argument("runs", nargs="+", metavar="RUN", help="run id")
     remove.add_argument("-f", "--force", action="store_true", help="stop running ones; ignore unknown ones")
+    _add_changes(add)
     _add_machine(add)
     _add_volume(add("volume", "Manage named disks that outlive boxes."), shared)
     _add_saved(add, shared)
@@ -221,8 +222,8 @@ def _add_exec(command: Parser) -> None:
         "-v",
         action="append",
         default=[],
-        metavar="HOST:GUEST[:ro|rw]",
-        help="share a host directory",
+        metavar="HOST:GUEST[:ro|rw|overlay]",
+        help="share a host directory or file; overlay: its changes are kept apart (voidbox diff, apply)",
     )
     command.add_argument(
         "--volume",
@@ -244,6 +245,28 @@ def _add_exec(command: Parser) -> None:
     command.add_argument("--keep", action="store_true", help="leave the box running afterwards")
     command.add_argument("--cold", action="store_true", help=_COLD)
     command.add_argument("argv", nargs=argparse.REMAINDER, metavar="PROGRAM", help="program and arguments")
+
+
+def _add_changes(add: Callable[[str, str], Parser]) -> None:
+    target = "a run, RUN/STAGE, or a box, also of those that have ended"
+    paths = "only these files and directories: relative to the mount, or as the box names them"
+    diff = add("diff", "Show what boxes have changed in host directories mounted as overlay.")
+    diff.add_argument("target", metavar="TARGET", help=target)
+    diff.add_argument("paths", nargs="*", metavar="PATH", help=paths)
+    diff.add_argument("--stat", action="store_true", help="names and numbers of lines instead of a patch")
+    apply = add("apply", "Bring what boxes have changed in overlays to the host's directories.")
+    apply.add_argument("target", metavar="TARGET", help=target)
+    apply.add_argument("paths", nargs="*", metavar="PATH", help=paths)
+    apply.add_argument("--dry-run", action="store_true", help="only tell what would be done")
+    apply.add_argument(
+        "--force", action="store_true", help="overwrite what was changed on the host since the box began"
+    )
+    apply.add_argument(
+        "--trust", action="store_true", help="also links that lead out, and files that git may run"
+    )
+    add("discard", "Throw away what boxes have changed in overlays.").add_argument(
+        "target", metavar="TARGET", help=target
+    )
 
 
 def _add_machine(add: Callable[[str, str], Parser]) -> None:

@@ -13,7 +13,7 @@ from voidbox.guest.v1 import guest_pb2
 from voidbox.imager.v1 import imager_pb2
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MODES = ("ro", "rw")
+_MODES = ("ro", "rw", "overlay")
 
 
 def environment(options: Sequence[str], ours: Mapping[str, str]) -> dict[str, str]:
@@ -44,11 +44,13 @@ def mounts(options: Sequence[str], base: Path) -> list[dict[str, str]]:
         parts = option.split(":")
         if len(parts) not in (2, 3) or not parts[0] or not parts[1].startswith("/"):
             raise InvalidInput(
-                f"--mount {option!r}: use HOST:GUEST[:ro|rw], GUEST absolute", reason="BAD_MOUNT"
+                f"--mount {option!r}: use HOST:GUEST[:ro|rw|overlay], GUEST absolute", reason="BAD_MOUNT"
             )
         mode = parts[2] if len(parts) == 3 else "ro"
         if mode not in _MODES:
-            raise InvalidInput(f"--mount {option!r}: mode {mode!r} is neither ro nor rw", reason="BAD_MOUNT")
+            raise InvalidInput(
+                f"--mount {option!r}: mode {mode!r} is none of {', '.join(_MODES)}", reason="BAD_MOUNT"
+            )
         entries.append({"host": str(base / parts[0]), "guest": parts[1], "mode": mode})
     return entries
 

@@ -9,6 +9,7 @@ import sys
 
 from services.common.errors import Unavailable, VoidboxError
 from voidbox.cli import report
+from voidbox.cli.changes import tell_kept
 from voidbox.cli.connection import Context, Stack
 from voidbox.cli.exitcode import ExitCode, of_run
 from voidbox.cli.interrupts import Interrupted, Interrupts
@@ -18,6 +19,7 @@ from voidbox.cli.view import RUN_ENDED
 from voidbox.client import Client
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 from voidbox.spec import Kind, client_env
+from voidbox.spec.models import MountMode, Spec
 
 
 def run_command(context: Context) -> int:
@@ -52,6 +54,8 @@ async def _run(context: Context, stack: Stack, submission: Submission) -> int:
             # The stack may have been stopped, and the run with it; then what was heard is all there is.
             with contextlib.suppress(Unavailable):
                 run = await client.get_run(run.id, seconds=1)
+            if _has_overlays(submission.spec):
+                await tell_kept(context, client, run.id)
     code = interrupts.exit_code if interrupts.count else int(of_run(run))
     if context.screen.json:
         context.screen.data(report.data(run, code))
@@ -59,6 +63,12 @@ async def _run(context: Context, stack: Stack, submission: Submission) -> int:
     context.screen.note(report.human(run, context.screen))
     _print_output(run, context)
     return code
+
+
+def _has_overlays(spec: Spec) -> bool:
+    boxes = spec.pipeline.boxes if spec.pipeline else ()
+    mounts = [*spec.sandbox.mounts, *(mount for box in boxes for mount in box.sandbox.mounts)]
+    return any(mount.mode is MountMode.OVERLAY for mount in mounts)
 
 
 async def follow(client: Client, run: pb.Run, display: Display, interrupts: Interrupts) -> bool:

@@ -46,10 +46,11 @@ class PullPolicy(StrEnum):
 
 
 class MountMode(StrEnum):
-    """What the box may do with a mount."""
+    """What the box may do with a mount; `overlay`: the host's files change only by `voidbox apply`."""
 
     READ_ONLY = "ro"
     READ_WRITE = "rw"
+    OVERLAY = "overlay"
 
 
 class Provider(StrEnum):
@@ -98,7 +99,7 @@ class SkillType(StrEnum):
 
 @model
 class Mount:
-    """A host directory that a box sees."""
+    """A host directory or file that a box sees."""
 
     host: str = key("Host path; relative to the spec file.", host_path=True)
     guest: str = key("Where the box sees it.", guest_path=True)

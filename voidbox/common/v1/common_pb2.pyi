@@ -32,7 +32,7 @@ class _MountModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     MOUNT_MODE_READ_WRITE: _MountMode.ValueType  # 2
     """Writes go to the host's files."""
     MOUNT_MODE_OVERLAY: _MountMode.ValueType  # 3
-    """Writes stay in the box: the host's files are the lower layer of an overlay."""
+    """Writes go to an overlay above the host's directory, which outlives the box (`ReadChanges`)."""
 
 class MountMode(_MountMode, metaclass=_MountModeEnumTypeWrapper):
     """What a box may do with a mount."""
@@ -44,7 +44,7 @@ MOUNT_MODE_READ_ONLY: MountMode.ValueType  # 1
 MOUNT_MODE_READ_WRITE: MountMode.ValueType  # 2
 """Writes go to the host's files."""
 MOUNT_MODE_OVERLAY: MountMode.ValueType  # 3
-"""Writes stay in the box: the host's files are the lower layer of an overlay."""
+"""Writes go to an overlay above the host's directory, which outlives the box (`ReadChanges`)."""
 global___MountMode = MountMode
 
 class _StdStream:

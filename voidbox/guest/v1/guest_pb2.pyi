@@ -1577,6 +1577,7 @@ class MountRequest(google.protobuf.message.Message):
     TYPE_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
+    FILE_FIELD_NUMBER: builtins.int
     source: builtins.str
     """The mount tag of a share or the serial of a disk."""
     type: global___MountType.ValueType
@@ -1585,6 +1586,8 @@ class MountRequest(google.protobuf.message.Message):
     """Absolute path in the root that programs run in; made if missing."""
     mode: voidbox.common.v1.common_pb2.MountMode.ValueType
     """Access."""
+    file: builtins.str
+    """Name of a file in the share that is mounted at `path` instead of the share itself. Empty: the share."""
     def __init__(
         self,
         *,
@@ -1592,8 +1595,9 @@ class MountRequest(google.protobuf.message.Message):
         type: global___MountType.ValueType = ...,
         path: builtins.str = ...,
         mode: voidbox.common.v1.common_pb2.MountMode.ValueType = ...,
+        file: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["mode", b"mode", "path", b"path", "source", b"source", "type", b"type"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["file", b"file", "mode", b"mode", "path", b"path", "source", b"source", "type", b"type"]) -> None: ...
 
 global___MountRequest = MountRequest
 

@@ -120,6 +120,66 @@ BOX_STATE_FAILED: BoxState.ValueType  # 6
 """It has ended by itself; `Box.reason` says how."""
 global___BoxState = BoxState
 
+class _ChangeKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ChangeKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ChangeKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CHANGE_KIND_UNSPECIFIED: _ChangeKind.ValueType  # 0
+    """Not a kind."""
+    CHANGE_KIND_ADDED: _ChangeKind.ValueType  # 1
+    """The host has nothing there."""
+    CHANGE_KIND_MODIFIED: _ChangeKind.ValueType  # 2
+    """Content, target or mode differ."""
+    CHANGE_KIND_DELETED: _ChangeKind.ValueType  # 3
+    """The box has removed it."""
+
+class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
+    """What became of a path."""
+
+CHANGE_KIND_UNSPECIFIED: ChangeKind.ValueType  # 0
+"""Not a kind."""
+CHANGE_KIND_ADDED: ChangeKind.ValueType  # 1
+"""The host has nothing there."""
+CHANGE_KIND_MODIFIED: ChangeKind.ValueType  # 2
+"""Content, target or mode differ."""
+CHANGE_KIND_DELETED: ChangeKind.ValueType  # 3
+"""The box has removed it."""
+global___ChangeKind = ChangeKind
+
+class _ChangeType:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ChangeTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ChangeType.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CHANGE_TYPE_UNSPECIFIED: _ChangeType.ValueType  # 0
+    """Not a type."""
+    CHANGE_TYPE_FILE: _ChangeType.ValueType  # 1
+    """A regular file."""
+    CHANGE_TYPE_DIRECTORY: _ChangeType.ValueType  # 2
+    """A directory."""
+    CHANGE_TYPE_SYMLINK: _ChangeType.ValueType  # 3
+    """A symbolic link."""
+    CHANGE_TYPE_OTHER: _ChangeType.ValueType  # 4
+    """A device, socket or FIFO."""
+
+class ChangeType(_ChangeType, metaclass=_ChangeTypeEnumTypeWrapper):
+    """What is at a path."""
+
+CHANGE_TYPE_UNSPECIFIED: ChangeType.ValueType  # 0
+"""Not a type."""
+CHANGE_TYPE_FILE: ChangeType.ValueType  # 1
+"""A regular file."""
+CHANGE_TYPE_DIRECTORY: ChangeType.ValueType  # 2
+"""A directory."""
+CHANGE_TYPE_SYMLINK: ChangeType.ValueType  # 3
+"""A symbolic link."""
+CHANGE_TYPE_OTHER: ChangeType.ValueType  # 4
+"""A device, socket or FIFO."""
+global___ChangeType = ChangeType
+
 @typing.final
 class GetCapabilitiesRequest(google.protobuf.message.Message):
     """Asks what the host can do."""
@@ -1686,3 +1746,402 @@ class DeleteVolumeResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___DeleteVolumeResponse = DeleteVolumeResponse
+
+@typing.final
+class ChangedDirectory(google.protobuf.message.Message):
+    """A host directory that a box sees as an overlay."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GUEST_PATH_FIELD_NUMBER: builtins.int
+    HOST_PATH_FIELD_NUMBER: builtins.int
+    guest_path: builtins.str
+    """Where the box sees it."""
+    host_path: builtins.str
+    """The directory on the hypervisor's host."""
+    def __init__(
+        self,
+        *,
+        guest_path: builtins.str = ...,
+        host_path: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["guest_path", b"guest_path", "host_path", b"host_path"]) -> None: ...
+
+global___ChangedDirectory = ChangedDirectory
+
+@typing.final
+class ChangeSet(google.protobuf.message.Message):
+    """What is kept of a box's changes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    BOX_ID_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    CREATE_TIME_FIELD_NUMBER: builtins.int
+    DIRECTORIES_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    box_id: builtins.str
+    """The box."""
+    ended: builtins.bool
+    """Whether the box is gone."""
+    size_bytes: builtins.int
+    """What its changes take of the disk in bytes, once it is gone."""
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Its labels."""
+
+    @property
+    def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it began."""
+
+    @property
+    def directories(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ChangedDirectory]:
+        """Its overlays."""
+
+    def __init__(
+        self,
+        *,
+        box_id: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        directories: collections.abc.Iterable[global___ChangedDirectory] | None = ...,
+        ended: builtins.bool = ...,
+        size_bytes: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "create_time", b"create_time", "directories", b"directories", "ended", b"ended", "labels", b"labels", "size_bytes", b"size_bytes"]) -> None: ...
+
+global___ChangeSet = ChangeSet
+
+@typing.final
+class ListChangesRequest(google.protobuf.message.Message):
+    """Asks for change sets."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """At most this many; 0 means 100, at most 1000."""
+    page_token: builtins.str
+    """`next_page_token` of the page before."""
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Only those of boxes that have all these labels."""
+
+    def __init__(
+        self,
+        *,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["labels", b"labels", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+
+global___ListChangesRequest = ListChangesRequest
+
+@typing.final
+class ListChangesResponse(google.protobuf.message.Message):
+    """Change sets."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Empty on the last page."""
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ChangeSet]:
+        """The change sets."""
+
+    def __init__(
+        self,
+        *,
+        changes: collections.abc.Iterable[global___ChangeSet] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "next_page_token", b"next_page_token"]) -> None: ...
+
+global___ListChangesResponse = ListChangesResponse
+
+@typing.final
+class Change(google.protobuf.message.Message):
+    """One path that a box has changed. All of it is the box's word."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    TYPE_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
+    HOST_MODE_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    HOST_SIZE_BYTES_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    CONFLICT_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
+    IMPOSSIBLE_FIELD_NUMBER: builtins.int
+    path: builtins.bytes
+    """Relative to the directory, in no particular encoding."""
+    kind: global___ChangeKind.ValueType
+    """What became of it."""
+    type: global___ChangeType.ValueType
+    """What is there now; what was there, of a deletion."""
+    mode: builtins.int
+    """Permission bits now; those before, of a deletion."""
+    host_mode: builtins.int
+    """Permission bits of the host's file; 0 if it is added."""
+    size_bytes: builtins.int
+    """Length of the file in bytes."""
+    host_size_bytes: builtins.int
+    """Length of the host's file in bytes."""
+    target: builtins.bytes
+    """Target of a symbolic link."""
+    conflict: builtins.str
+    """What has happened to the host's file since the box began; empty if nothing."""
+    held: builtins.str
+    """Why it is applied only with `trust`; empty if it is anyway."""
+    impossible: builtins.str
+    """Why it cannot be applied; empty if it can."""
+    def __init__(
+        self,
+        *,
+        path: builtins.bytes = ...,
+        kind: global___ChangeKind.ValueType = ...,
+        type: global___ChangeType.ValueType = ...,
+        mode: builtins.int = ...,
+        host_mode: builtins.int = ...,
+        size_bytes: builtins.int = ...,
+        host_size_bytes: builtins.int = ...,
+        target: builtins.bytes = ...,
+        conflict: builtins.str = ...,
+        held: builtins.str = ...,
+        impossible: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["conflict", b"conflict", "held", b"held", "host_mode", b"host_mode", "host_size_bytes", b"host_size_bytes", "impossible", b"impossible", "kind", b"kind", "mode", b"mode", "path", b"path", "size_bytes", b"size_bytes", "target", b"target", "type", b"type"]) -> None: ...
+
+global___Change = Change
+
+@typing.final
+class ReadChangesRequest(google.protobuf.message.Message):
+    """Reads changes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BOX_ID_FIELD_NUMBER: builtins.int
+    GUEST_PATH_FIELD_NUMBER: builtins.int
+    PATHS_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
+    box_id: builtins.str
+    """The box."""
+    guest_path: builtins.str
+    """Only the overlay at this path of the box. Empty means all."""
+    content: builtins.bool
+    """Whether the content of files of at most 256 KiB is wanted."""
+    @property
+    def paths(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """Only these paths, relative to the directory, and what is below them. Empty means all."""
+
+    def __init__(
+        self,
+        *,
+        box_id: builtins.str = ...,
+        guest_path: builtins.str = ...,
+        paths: collections.abc.Iterable[builtins.bytes] | None = ...,
+        content: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "content", b"content", "guest_path", b"guest_path", "paths", b"paths"]) -> None: ...
+
+global___ReadChangesRequest = ReadChangesRequest
+
+@typing.final
+class ChangeContent(google.protobuf.message.Message):
+    """A piece of a changed file, which follows its change."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    host: builtins.bool
+    """Whether it is of the host's file instead of the box's."""
+    data: builtins.bytes
+    """At most 64 KiB; a file's pieces come in order."""
+    def __init__(
+        self,
+        *,
+        host: builtins.bool = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "host", b"host"]) -> None: ...
+
+global___ChangeContent = ChangeContent
+
+@typing.final
+class ReadChangesResponse(google.protobuf.message.Message):
+    """A directory, or a change of the directory before, or content of the change before."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    CHANGE_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
+    @property
+    def directory(self) -> global___ChangedDirectory:
+        """The changes that follow are of this directory."""
+
+    @property
+    def change(self) -> global___Change:
+        """A change."""
+
+    @property
+    def content(self) -> global___ChangeContent:
+        """Content, if it was asked for and both files are short."""
+
+    def __init__(
+        self,
+        *,
+        directory: global___ChangedDirectory | None = ...,
+        change: global___Change | None = ...,
+        content: global___ChangeContent | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["change", b"change", "content", b"content", "directory", b"directory", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["change", b"change", "content", b"content", "directory", b"directory", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["directory", "change", "content"] | None: ...
+
+global___ReadChangesResponse = ReadChangesResponse
+
+@typing.final
+class ApplyChangesRequest(google.protobuf.message.Message):
+    """Applies changes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BOX_ID_FIELD_NUMBER: builtins.int
+    GUEST_PATH_FIELD_NUMBER: builtins.int
+    PATHS_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    FORCE_FIELD_NUMBER: builtins.int
+    TRUST_FIELD_NUMBER: builtins.int
+    box_id: builtins.str
+    """The box."""
+    guest_path: builtins.str
+    """Only the overlay at this path of the box. Empty means all."""
+    dry_run: builtins.bool
+    """Whether to tell only what would be done."""
+    force: builtins.bool
+    """Whether what conflicts is applied too."""
+    trust: builtins.bool
+    """Whether what is held back is applied too: links that lead out, and what git may run."""
+    @property
+    def paths(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """Only these paths, relative to the directory, and what is below them. Empty means all."""
+
+    def __init__(
+        self,
+        *,
+        box_id: builtins.str = ...,
+        guest_path: builtins.str = ...,
+        paths: collections.abc.Iterable[builtins.bytes] | None = ...,
+        dry_run: builtins.bool = ...,
+        force: builtins.bool = ...,
+        trust: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "dry_run", b"dry_run", "force", b"force", "guest_path", b"guest_path", "paths", b"paths", "trust", b"trust"]) -> None: ...
+
+global___ApplyChangesRequest = ApplyChangesRequest
+
+@typing.final
+class ApplyChangesResponse(google.protobuf.message.Message):
+    """A directory, or what became of a change of the directory before."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    CHANGE_FIELD_NUMBER: builtins.int
+    APPLIED_FIELD_NUMBER: builtins.int
+    applied: builtins.bool
+    """Whether the change was applied, or would be."""
+    @property
+    def directory(self) -> global___ChangedDirectory:
+        """The changes that follow are of this directory."""
+
+    @property
+    def change(self) -> global___Change:
+        """A change; `impossible` also tells what went wrong with it."""
+
+    def __init__(
+        self,
+        *,
+        directory: global___ChangedDirectory | None = ...,
+        change: global___Change | None = ...,
+        applied: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["change", b"change", "directory", b"directory", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["applied", b"applied", "change", b"change", "directory", b"directory", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["directory", "change"] | None: ...
+
+global___ApplyChangesResponse = ApplyChangesResponse
+
+@typing.final
+class DeleteChangesRequest(google.protobuf.message.Message):
+    """Throws changes away."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BOX_ID_FIELD_NUMBER: builtins.int
+    box_id: builtins.str
+    """The box."""
+    def __init__(
+        self,
+        *,
+        box_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["box_id", b"box_id"]) -> None: ...
+
+global___DeleteChangesRequest = DeleteChangesRequest
+
+@typing.final
+class DeleteChangesResponse(google.protobuf.message.Message):
+    """They are gone."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___DeleteChangesResponse = DeleteChangesResponse

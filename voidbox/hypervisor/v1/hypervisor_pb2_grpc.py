@@ -155,6 +155,26 @@ class HypervisorServiceStub(object):
                 request_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteVolumeRequest.SerializeToString,
                 response_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteVolumeResponse.FromString,
                 _registered_method=True)
+        self.ListChanges = channel.unary_unary(
+                '/voidbox.hypervisor.v1.HypervisorService/ListChanges',
+                request_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ListChangesRequest.SerializeToString,
+                response_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ListChangesResponse.FromString,
+                _registered_method=True)
+        self.ReadChanges = channel.unary_stream(
+                '/voidbox.hypervisor.v1.HypervisorService/ReadChanges',
+                request_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadChangesRequest.SerializeToString,
+                response_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadChangesResponse.FromString,
+                _registered_method=True)
+        self.ApplyChanges = channel.unary_stream(
+                '/voidbox.hypervisor.v1.HypervisorService/ApplyChanges',
+                request_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ApplyChangesRequest.SerializeToString,
+                response_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ApplyChangesResponse.FromString,
+                _registered_method=True)
+        self.DeleteChanges = channel.unary_unary(
+                '/voidbox.hypervisor.v1.HypervisorService/DeleteChanges',
+                request_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteChangesRequest.SerializeToString,
+                response_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteChangesResponse.FromString,
+                _registered_method=True)
 
 
 class HypervisorServiceServicer(object):
@@ -331,6 +351,36 @@ class HypervisorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListChanges(self, request, context):
+        """Lists the boxes whose changes of overlays are kept, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadChanges(self, request, context):
+        """Streams what a box has changed in the host directories that it sees as overlays, compared with
+        those directories as they are now. NOT_FOUND if the box has no overlay, or nothing is kept of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyChanges(self, request, context):
+        """Brings changes to the host's directories and streams what became of each. If one conflicts with
+        a change on the host, nothing is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteChanges(self, request, context):
+        """Throws the changes of a box away. FAILED_PRECONDITION if it still exists. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HypervisorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -453,6 +503,26 @@ def add_HypervisorServiceServicer_to_server(servicer, server):
                     servicer.DeleteVolume,
                     request_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteVolumeRequest.FromString,
                     response_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteVolumeResponse.SerializeToString,
+            ),
+            'ListChanges': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListChanges,
+                    request_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ListChangesRequest.FromString,
+                    response_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ListChangesResponse.SerializeToString,
+            ),
+            'ReadChanges': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadChanges,
+                    request_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadChangesRequest.FromString,
+                    response_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadChangesResponse.SerializeToString,
+            ),
+            'ApplyChanges': grpc.unary_stream_rpc_method_handler(
+                    servicer.ApplyChanges,
+                    request_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ApplyChangesRequest.FromString,
+                    response_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ApplyChangesResponse.SerializeToString,
+            ),
+            'DeleteChanges': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteChanges,
+                    request_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteChangesRequest.FromString,
+                    response_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteChangesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1104,6 +1174,114 @@ class HypervisorService(object):
             '/voidbox.hypervisor.v1.HypervisorService/DeleteVolume',
             voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteVolumeRequest.SerializeToString,
             voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteVolumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListChanges(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/voidbox.hypervisor.v1.HypervisorService/ListChanges',
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ListChangesRequest.SerializeToString,
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ListChangesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadChanges(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/voidbox.hypervisor.v1.HypervisorService/ReadChanges',
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadChangesRequest.SerializeToString,
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadChangesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyChanges(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/voidbox.hypervisor.v1.HypervisorService/ApplyChanges',
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ApplyChangesRequest.SerializeToString,
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ApplyChangesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteChanges(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/voidbox.hypervisor.v1.HypervisorService/DeleteChanges',
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteChangesRequest.SerializeToString,
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.DeleteChangesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -170,6 +170,34 @@ class HypervisorServiceStub:
     ]
     """Removes a volume that no box uses."""
 
+    ListChanges: grpc.UnaryUnaryMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.ListChangesRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.ListChangesResponse,
+    ]
+    """Lists the boxes whose changes of overlays are kept, oldest first."""
+
+    ReadChanges: grpc.UnaryStreamMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.ReadChangesRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.ReadChangesResponse,
+    ]
+    """Streams what a box has changed in the host directories that it sees as overlays, compared with
+    those directories as they are now. NOT_FOUND if the box has no overlay, or nothing is kept of it.
+    """
+
+    ApplyChanges: grpc.UnaryStreamMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.ApplyChangesRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.ApplyChangesResponse,
+    ]
+    """Brings changes to the host's directories and streams what became of each. If one conflicts with
+    a change on the host, nothing is done.
+    """
+
+    DeleteChanges: grpc.UnaryUnaryMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.DeleteChangesRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.DeleteChangesResponse,
+    ]
+    """Throws the changes of a box away. FAILED_PRECONDITION if it still exists. Idempotent."""
+
 class HypervisorServiceAsyncStub:
     """Owns the micro-VMs of one host."""
 
@@ -319,6 +347,34 @@ class HypervisorServiceAsyncStub:
         voidbox.hypervisor.v1.hypervisor_pb2.DeleteVolumeResponse,
     ]
     """Removes a volume that no box uses."""
+
+    ListChanges: grpc.aio.UnaryUnaryMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.ListChangesRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.ListChangesResponse,
+    ]
+    """Lists the boxes whose changes of overlays are kept, oldest first."""
+
+    ReadChanges: grpc.aio.UnaryStreamMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.ReadChangesRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.ReadChangesResponse,
+    ]
+    """Streams what a box has changed in the host directories that it sees as overlays, compared with
+    those directories as they are now. NOT_FOUND if the box has no overlay, or nothing is kept of it.
+    """
+
+    ApplyChanges: grpc.aio.UnaryStreamMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.ApplyChangesRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.ApplyChangesResponse,
+    ]
+    """Brings changes to the host's directories and streams what became of each. If one conflicts with
+    a change on the host, nothing is done.
+    """
+
+    DeleteChanges: grpc.aio.UnaryUnaryMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.DeleteChangesRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.DeleteChangesResponse,
+    ]
+    """Throws the changes of a box away. FAILED_PRECONDITION if it still exists. Idempotent."""
 
 class HypervisorServiceServicer(metaclass=abc.ABCMeta):
     """Owns the micro-VMs of one host."""
@@ -517,5 +573,41 @@ class HypervisorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[voidbox.hypervisor.v1.hypervisor_pb2.DeleteVolumeResponse, collections.abc.Awaitable[voidbox.hypervisor.v1.hypervisor_pb2.DeleteVolumeResponse]]:
         """Removes a volume that no box uses."""
+
+    @abc.abstractmethod
+    def ListChanges(
+        self,
+        request: voidbox.hypervisor.v1.hypervisor_pb2.ListChangesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[voidbox.hypervisor.v1.hypervisor_pb2.ListChangesResponse, collections.abc.Awaitable[voidbox.hypervisor.v1.hypervisor_pb2.ListChangesResponse]]:
+        """Lists the boxes whose changes of overlays are kept, oldest first."""
+
+    @abc.abstractmethod
+    def ReadChanges(
+        self,
+        request: voidbox.hypervisor.v1.hypervisor_pb2.ReadChangesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[voidbox.hypervisor.v1.hypervisor_pb2.ReadChangesResponse], collections.abc.AsyncIterator[voidbox.hypervisor.v1.hypervisor_pb2.ReadChangesResponse]]:
+        """Streams what a box has changed in the host directories that it sees as overlays, compared with
+        those directories as they are now. NOT_FOUND if the box has no overlay, or nothing is kept of it.
+        """
+
+    @abc.abstractmethod
+    def ApplyChanges(
+        self,
+        request: voidbox.hypervisor.v1.hypervisor_pb2.ApplyChangesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[voidbox.hypervisor.v1.hypervisor_pb2.ApplyChangesResponse], collections.abc.AsyncIterator[voidbox.hypervisor.v1.hypervisor_pb2.ApplyChangesResponse]]:
+        """Brings changes to the host's directories and streams what became of each. If one conflicts with
+        a change on the host, nothing is done.
+        """
+
+    @abc.abstractmethod
+    def DeleteChanges(
+        self,
+        request: voidbox.hypervisor.v1.hypervisor_pb2.DeleteChangesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[voidbox.hypervisor.v1.hypervisor_pb2.DeleteChangesResponse, collections.abc.Awaitable[voidbox.hypervisor.v1.hypervisor_pb2.DeleteChangesResponse]]:
+        """Throws the changes of a box away. FAILED_PRECONDITION if it still exists. Idempotent."""
 
 def add_HypervisorServiceServicer_to_server(servicer: HypervisorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
