@@ -259,7 +259,7 @@ class QemuMachine:
 
     async def save(self, into: Saved) -> None:
         """See `Machine.save`."""
-        await self._plug.take_out()
+        await self._monitor.detach_vsock(self._plug.known().port)
         await self._monitor.execute("stop")
         await self._save_devices(into)
 
