@@ -21,8 +21,7 @@ from services.imager.writeback import WRITEBACK_BYTES, start_writeback
 
 _BUFFER: Final = 4 << 20
 _BUFFERS: Final = 5  # 20 MiB: more than arrives while one is written and the interpreter's lock is awaited
-_ZEROS: Final = bytes(BLOCK)
-_PADDING: Final = tuple(memoryview(_ZEROS)[used:] for used in range(BLOCK))  # of a block's last `used` bytes
+_ZEROS: Final = memoryview(bytes(BLOCK))
 _NONE: Final = -1
 
 
@@ -82,7 +81,7 @@ class BlockFile:
         self._buffer[self._at : end] = data
         if used := end % BLOCK:
             following = end + BLOCK - used
-            self._buffer[end:following] = _PADDING[used]
+            self._buffer[end:following] = _ZEROS[used:]
             end = following
         self._at = end
 
@@ -104,7 +103,7 @@ class BlockFile:
     def pad(self) -> None:
         """Fill the block that was begun with zeros."""
         if used := self._at % BLOCK:
-            self.write(_PADDING[used])
+            self.write(_ZEROS[used:])
 
     def flush(self) -> None:
         """Wait until all blocks are in the file, which is not synced.

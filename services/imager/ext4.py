@@ -35,7 +35,7 @@ from services.imager.ext4_format import (
 )
 from services.imager.ext4_groups import DATA_START, MAX_BLOCKS, GroupTables, gaps, plan_geometry
 from services.imager.ext4_inodes import InodeTable, live_ranges, number_inodes
-from services.imager.tree import Extent, Kind, Node, Tree
+from services.imager.tree import Extent, Node, Tree
 
 WRITER_VERSION: Final = 1  # part of every cache key: raise it when the bytes of an image change
 _ZEROS: Final = bytes(BLOCK)
@@ -126,14 +126,14 @@ class Ext4Writer:
         Raises:
             InvalidInput: `size_bytes` is too small, or the tree holds what ext4 cannot.
         """
-        nodes = number_inodes(tree)
+        nodes, directories = number_inodes(tree)
         data_end = self._next
         data = live_ranges(nodes)
         self._punch(gaps(data, DATA_START, data_end))
-        indexed = self._write_directories(nodes)
+        indexed = self._write_directories(directories)
         used_inodes = FIRST_INODE - 2 + len(nodes)  # 1 to 10 are reserved, the root is one of them
         table = InodeTable(used_inodes, self._seed)
-        for node, _ in nodes:
+        for node in nodes:
             table.put(node, self, indexed=node.number in indexed)
         geometry = plan_geometry(
             data_end=self._next,
@@ -181,7 +181,7 @@ class Ext4Writer:
         self._next = number + 1
         return number
 
-    def _write_directories(self, nodes: list[tuple[Node, Node]]) -> set[int]:
+    def _write_directories(self, directories: list[tuple[Node, Node, list[bytes]]]) -> set[int]:
         """Write all directories' blocks and note them as extents; return the inodes of the hashed ones."""
         indexed: set[int] = set()
         waiting: list[bytearray] = []
@@ -198,10 +198,9 @@ class Ext4Writer:
             waiting.clear()
             unchecked.clear()
 
-        for node, parent in nodes:
-            if node.kind is not Kind.DIRECTORY:
-                continue
-            names = [(name, child.number, child.kind) for name, child in sorted(node.children.items())]
+        for node, parent, ordered in directories:
+            children = node.children
+            names = [(name, (child := children[name]).number, child.kind) for name in ordered]
             made = ext4_dirs.build_directory(node.number, parent.number, names, self._hash_seed)
             if made.indexed:
                 indexed.add(node.number)

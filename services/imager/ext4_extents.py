@@ -16,19 +16,10 @@ _PER_BLOCK: Final = (BLOCK - 12) // 12
 CHECKED: Final = 12 + 12 * _PER_BLOCK  # the bytes that a node block's checksum covers
 _HEADER: Final = struct.Struct("<HHHHI")
 _LEAF: Final = struct.Struct("<IHHI")
-_ONE: Final = struct.Struct("<HHHHIIHHI36x")
-_EMPTY: Final = _HEADER.pack(_MAGIC, 0, IN_INODE, 0, 0).ljust(60, b"\0")
+# What begins the 60 bytes in the inode of a file in one piece, and of one without any.
+ONE: Final = _HEADER.pack(_MAGIC, 1, IN_INODE, 0, 0)
+NONE: Final = _HEADER.pack(_MAGIC, 0, IN_INODE, 0, 0)
 _INDEX: Final = struct.Struct("<IIHH")
-
-
-def pack_simple(extents: tuple[Extent, ...]) -> bytes | None:
-    """The 60 bytes for the inode of a file in one piece or none, as nearly all are; else None."""
-    if not extents:
-        return _EMPTY
-    logical, physical, length = extents[0]
-    if len(extents) > 1 or length > MAX_LENGTH:
-        return None
-    return _ONE.pack(_MAGIC, 1, IN_INODE, 0, 0, logical, length, physical >> 32, physical & 0xFFFFFFFF)
 
 
 def pack_extents(extents: Iterable[Extent], allocate: Callable[[bytearray], int]) -> tuple[bytes, int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator
-from typing import Final, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple, Protocol
 
 from services.common.errors import InvalidInput
 from services.imager import ext4_extents, ext4_xattr
@@ -28,6 +28,12 @@ _SECTORS: Final = BLOCK // 512
 _FAST_SYMLINK: Final = 60
 _BATCH: Final = 16384  # inodes whose checksums are computed at once: 4 MiB
 _INODE: Final = struct.Struct("<HHIIIIIHHIII60sIIIIHHHHHHHHIIIIIII")
+# The same inode in the pieces that files of one owner, mode and time share, and those that differ.
+_OWNED: Final = struct.Struct("<HH")
+_TIMED: Final = struct.Struct("<IIIIH")
+_REST: Final = struct.Struct("<IHHHHHHHHIIIIIII")
+_PLAIN: Final = struct.Struct("<4sI18sHIII12sIHHI36xIII48s")
+_REMEMBERED: Final = 4096
 _CSUM_LOW_AT: Final = 0x7C
 _CSUM_HIGH_AT: Final = 0x82
 _EXTRA_ISIZE_AT: Final = 0x80
@@ -52,42 +58,66 @@ class BlockSink(Protocol):
         """Write one block and return its number."""
 
 
-def number_inodes(tree: Tree) -> list[tuple[Node, Node]]:
-    """Give every node its inode number and link count; `lost+found` is made if missing.
+class Numbered(NamedTuple):
+    """All nodes of a tree, by inode number: the root, `lost+found`, the rest.
 
-    Returns:
-        (node, one directory that holds it), by number: the root, `lost+found`, the rest.
+    Attributes:
+        nodes: Each once, whatever the count of its names.
+        directories: (directory, the one that holds it, its names in order).
+    """
+
+    nodes: list[Node]
+    directories: list[tuple[Node, Node, list[bytes]]]
+
+
+def number_inodes(tree: Tree) -> Numbered:
+    """Give every node its inode number and link count; `lost+found` is made if missing.
 
     Raises:
         InvalidInput: a file has too many names, or `lost+found` is not a directory.
     """
-    root = tree.root
+    root, kind = tree.root, Kind.DIRECTORY
     lost = root.children.get(_LOST_AND_FOUND)
     if lost is None:
-        lost = root.children[_LOST_AND_FOUND] = Node(Kind.DIRECTORY, 0o700)
-    if lost.kind is not Kind.DIRECTORY:
+        lost = root.children[_LOST_AND_FOUND] = Node(kind, 0o700)
+    if lost.kind is not kind:
         raise InvalidInput("/lost+found is not a directory, which ext4 demands")
     root.number, root.links = ROOT_INODE, 2
     lost.number, lost.links = FIRST_INODE, 2
-    ordered = [(root, root), (lost, root)]
+    ordered, parents = [root, lost], {ROOT_INODE: root, FIRST_INODE: root}
+    names_of: dict[int, list[bytes]] = {}
     following = FIRST_INODE + 1
-    for parent, name, node in tree.walk():
-        if node.kind is Kind.DIRECTORY:
-            parent.links += 1
-            if node is lost:
+    stack = [root]
+    while stack:  # as `Tree.walk` goes, written out: this is done for every file
+        directory = stack.pop()
+        children = directory.children
+        names = names_of[directory.number] = sorted(children)
+        below = []
+        for name in names:
+            node = children[name]
+            if node.kind is kind:
+                directory.links += 1
+                below.append(node)
+                if node is lost:
+                    continue
+                node.links = 2
+                parents[following] = directory
+            elif node.number:
+                node.links += 1
+                if node.links > MAX_LINKS:
+                    raise InvalidInput(f"the file {name!r} has more than {MAX_LINKS} hard links")
                 continue
-            node.links = 2
-        elif node.number:
-            node.links += 1
-            if node.links > MAX_LINKS:
-                raise InvalidInput(f"the file {name!r} has more than {MAX_LINKS} hard links")
-            continue
-        else:
-            node.links = 1
-        node.number = following
-        following += 1
-        ordered.append((node, parent))
-    return ordered
+            else:
+                node.links = 1
+            node.number = following
+            following += 1
+            ordered.append(node)
+        below.reverse()
+        stack += below
+    directories = [
+        (node, parents[node.number], names_of[node.number]) for node in ordered if node.kind is kind
+    ]
+    return Numbered(ordered, directories)
 
 
 class InodeTable:
@@ -97,6 +127,7 @@ class InodeTable:
         self._records = bytearray(last * INODE_SIZE)
         self._seed = seed
         self._directories: list[int] = []
+        self._shared: dict[tuple[Kind, int, int, int, int], tuple[bytes, bytes, bytes]] = {}
         for number in range(1, FIRST_INODE):  # the reserved ones: empty, but their checksums are read
             struct.pack_into("<H", self._records, (number - 1) * INODE_SIZE + _EXTRA_ISIZE_AT, EXTRA_ISIZE)
 
@@ -105,11 +136,10 @@ class InodeTable:
 
         A directory's blocks are already in its `extents`; `indexed` says that they are hashed.
         """
-        if node.kind is Kind.FILE and not node.xattrs:
-            area = ext4_extents.pack_simple(node.extents)
-            if area is not None:
-                sectors = node.extents[0].length * _SECTORS if node.extents else 0
-                self._pack(node, node.size, EXTENTS_FLAG, sectors, area, 0, b"")
+        if not node.xattrs and (node.kind is Kind.FILE or node.kind is Kind.DIRECTORY):
+            extents = node.extents
+            if not extents or (len(extents) == 1 and extents[0].length <= ext4_extents.MAX_LENGTH):
+                self._put_plain(node, indexed)
                 return
         flags = blocks = 0
         area = b""
@@ -133,6 +163,42 @@ class InodeTable:
         inline, attribute_block = self._attributes(node, sink)
         blocks += 1 if attribute_block else 0
         self._pack(node, size, flags, blocks * _SECTORS, area, attribute_block, inline)
+
+    def _put_plain(self, node: Node, indexed: bool) -> None:
+        """A file or directory in one piece or none, without attributes, as nearly all are.
+
+        Only seven fields differ between files of one owner, mode and time: 2 us instead of 5.
+        """
+        key = node.kind, node.mode, node.uid, node.gid, node.mtime_ns
+        found = self._shared.get(key)
+        if found is None:
+            seconds, extra = _time(node.mtime_ns)
+            found = (
+                _OWNED.pack(_MODES[node.kind] | node.mode, node.uid & 0xFFFF),
+                _TIMED.pack(seconds, seconds, seconds, 0, node.gid & 0xFFFF),
+                _REST.pack(
+                    0, 0, 0, node.uid >> 16, node.gid >> 16, 0, 0,
+                    EXTRA_ISIZE, 0, extra, extra, extra, seconds, extra, 0, 0,
+                ),
+            )  # fmt: skip
+            if len(self._shared) >= _REMEMBERED:
+                self._shared.clear()
+            self._shared[key] = found
+        flags, links, size = EXTENTS_FLAG, node.links, node.size
+        if node.kind is Kind.DIRECTORY:
+            self._directories.append(node.number)
+            flags |= INDEX_FLAG if indexed else 0
+            links = links if links <= MAX_LINKS else 1
+        header, logical, length, physical = ext4_extents.ONE, 0, 0, 0
+        if node.extents:
+            logical, physical, length = node.extents[0]
+        else:
+            header = ext4_extents.NONE
+        _PLAIN.pack_into(
+            self._records, (node.number - 1) * INODE_SIZE,
+            found[0], size & 0xFFFFFFFF, found[1], links, length * _SECTORS, flags, 0,
+            header, logical, length, physical >> 32, physical & 0xFFFFFFFF, 0, 0, size >> 32, found[2],
+        )  # fmt: skip
 
     def _extents(self, node: Node, extents: tuple[Extent, ...], sink: BlockSink) -> tuple[bytes, int]:
         def store(block: bytearray) -> int:
@@ -184,7 +250,7 @@ class InodeTable:
         count = len(records) // INODE_SIZE
         for start in range(0, count, _BATCH):
             end = min(start + _BATCH, count)
-            prefixes = b"".join(struct.pack("<II", number, 0) for number in range(start + 1, end + 1))
+            prefixes = _inode_prefixes(range(start + 1, end + 1))
             rows = records[start * INODE_SIZE : end * INODE_SIZE]
             sums = crc32c_rows(self._seed, rows, INODE_SIZE, INODE_SIZE, prefixes, 8)
             low = struct.pack(f"<{len(sums)}I", *sums)
@@ -198,9 +264,16 @@ class InodeTable:
             yield rows
 
 
-def live_ranges(nodes: list[tuple[Node, Node]]) -> list[tuple[int, int]]:
+def _inode_prefixes(numbers: Sequence[int]) -> bytes:
+    """Each number and generation 0, which begin the checksums of what belongs to an inode."""
+    words = [0] * (2 * len(numbers))
+    words[::2] = numbers
+    return struct.pack(f"<{len(words)}I", *words)
+
+
+def live_ranges(nodes: list[Node]) -> list[tuple[int, int]]:
     """(first block, count) of all file data, in order, neighbours joined."""
-    pieces = sorted((extent.physical, extent.length) for node, _ in nodes for extent in node.extents)
+    pieces = sorted([(extent.physical, extent.length) for node in nodes for extent in node.extents])
     return list(_joined(pieces))
 
 

@@ -21,7 +21,6 @@ from services.imager.images import CachedImage, Catalog
 from services.imager.layout import LayoutSource
 from services.imager.limits import Cancel, Limits
 from services.imager.manifest import Descriptor, Platform, host_default
-from services.imager.mirrors import open_registry
 from services.imager.partial import PartialBlob, blob_lock, downloaded, drop_partial
 from services.imager.progress import Progress, Report, silent
 from services.imager.reference import (
@@ -181,6 +180,9 @@ class ImageStore:
             if isinstance(parsed, DockerArchiveReference):
                 return DockerArchiveSource(parsed, files, limits, cancel)
             return LayoutSource(parsed, files, limits, cancel)
+        # A third of a process's start, and archives do not need it.
+        from services.imager.mirrors import open_registry
+
         return open_registry(parsed, insecure=insecure, settings=self.settings, limits=limits, cancel=cancel)
 
     def fetch(

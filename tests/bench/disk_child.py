@@ -13,7 +13,7 @@ from pathlib import Path
 
 from services.imager.cache import ImageCache
 from services.imager.pull import ImageStore
-from services.imager.registry import RegistrySettings
+from services.imager.registry_settings import RegistrySettings
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from services.imager.disk import DEFAULT_FREE_MIB, disk_key, find_disk
 from services.imager.manifest import host_default
 from services.imager.pull import ImageStore
 from services.imager.qcow2 import create_overlay
-from services.imager.registry import RegistrySettings
+from services.imager.registry_settings import RegistrySettings
 from tests.bench.disk_images import BenchImage, large_image, small_image
 from tests.bench.row import Row
 from tests.imager_images import need
