@@ -131,7 +131,12 @@ class AgentProcess:
 
     def channel(self) -> aio.Channel:
         """A channel to the agent."""
-        options = (("grpc.initial_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 100))
+        # A pool of its own: the shared one may hand out the connection of a channel that is about to be closed.
+        options = (
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", 20),
+            ("grpc.max_reconnect_backoff_ms", 100),
+        )
         return aio.insecure_channel(f"unix:{self.socket}", options=options)
 
     @contextlib.asynccontextmanager
