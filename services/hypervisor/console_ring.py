@@ -25,7 +25,8 @@ class DamagedRing(ValueError):
 def create(fd: int, length: int = RING_BYTES) -> None:
     """Make the empty file `fd` an empty log that keeps `length` bytes."""
     os.pwrite(fd, HEADER.pack(MAGIC, 0), 0)
-    os.ftruncate(fd, HEADER.size + length)
+    # Reserved, so that what a guest says while the disk is full is kept: it is about the full disk.
+    os.posix_fallocate(fd, 0, HEADER.size + length)
 
 
 class Writer:
@@ -39,7 +40,7 @@ class Writer:
         """Add `data`, at most `CHUNK_BYTES`.
 
         Raises:
-            OSError: the disk is full; the log is as before.
+            OSError: the disk failed; the log is as before.
         """
         data = data[:CHUNK_BYTES]
         at = self._total % self._length
