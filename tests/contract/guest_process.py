@@ -131,7 +131,7 @@ class AgentProcess:
 
     def channel(self) -> aio.Channel:
         """A channel to the agent."""
-        # A pool of its own: the shared one may hand out the connection of a channel that is about to be closed.
+        # A pool of its own: the shared one may hand out the connection of a channel that closes.
         options = (
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 20),
