@@ -56,6 +56,11 @@ class Confinement(NamedTuple):
         if len(self.allowed or ()) > _MAX_ENTRIES:
             raise invalid(f"more than {_MAX_ENTRIES} allowed programs", reason="BAD_ALLOWLIST")
 
+    def changed(self, new: Confinement) -> Confinement:
+        """This with the limits of `new` that are not 0."""
+        given = {name: value for name, value in new._asdict().items() if value}
+        return self._replace(**given)
+
     def for_group(self) -> dict[str, str]:
         """The files of a cgroup and what to write to them."""
         files: dict[str, str] = {}

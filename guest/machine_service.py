@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,35 @@ class MachineCalls:
 
         await asyncio.to_thread(set_frozen, self.guest.settings.cgroup, request.frozen)
         return pb.FreezeProgramsResponse()
+
+    @call()
+    async def SetClock(self, request: pb.SetClockRequest, _context: Any) -> pb.SetClockResponse:
+        """Set the wall clock."""
+        wanted = request.wall_clock.ToNanoseconds()
+        if not 0 < wanted < 1 << 63:
+            raise invalid("wall_clock is missing or out of range")
+        time.clock_settime_ns(time.CLOCK_REALTIME, wanted)
+        return pb.SetClockResponse()
+
+    @call()
+    async def UpdateLimits(self, request: pb.UpdateLimitsRequest, _context: Any) -> pb.UpdateLimitsResponse:
+        """Change what all programs together may take."""
+        from guest.memory_room import make_room
+
+        guest = self.guest
+        async with self.claiming:
+            new = _to_confinement(common_pb2.Confinement(limits=request.limits))
+            wanted = guest.execs.confinement.changed(new)
+            wanted.validate()
+            if wanted.memory < (guest.execs.confinement.memory or sys.maxsize):
+                await asyncio.to_thread(make_room, guest.settings.cgroup, wanted.memory)
+            try:
+                await guest.control.request({"op": "limit", "files": wanted.for_group()})
+            except SpawnFailed as failure:
+                raise unlimited(failure) from failure
+            guest.execs.confinement = wanted
+            guest.save(self.gate.secret)
+        return pb.UpdateLimitsResponse()
 
     @call(before_claim=True)
     async def GetGuest(self, _request: pb.GetGuestRequest, _context: Any) -> pb.GetGuestResponse:

@@ -7,12 +7,13 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 from services.common.errors import Cancelled, TimedOut, Unavailable, VoidboxError, WrongState
 from services.hypervisor import failure, record, stats
+from services.hypervisor.activity import Activity
 from services.hypervisor.claim import Guest
 from services.hypervisor.driver import Driver, Machine
 from services.hypervisor.failure import Remains
@@ -49,11 +50,10 @@ class Box:
         self.machine: Machine | None = None
         self.agent: Guest | None = None
         self._asked = ""
-        self._operation = asyncio.Lock()
+        self.operation = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._lifetime: asyncio.TimerHandle | None = None
-        self._idle: asyncio.TimerHandle | None = None
-        self._calls = 0
+        self.activity = Activity(lambda: self.machine.cpu_seconds() if self.machine is not None else 0.0)
 
     @property
     def id(self) -> str:
@@ -147,17 +147,13 @@ class Box:
     def serve(self, machine: Machine) -> None:
         """Watch over a machine whose guest has answered, to the end of both."""
         self._own(self._follow(machine))
-        config = self.record.config
-        if config.max_lifetime:
-            left = max(0.0, self.record.create_time + config.max_lifetime - time.time())
-            why = f"its max_lifetime of {config.max_lifetime:g} s has passed"
-            self._lifetime = asyncio.get_running_loop().call_later(left, self._expire, why)
-        self._rest()
+        self.restart_clocks()
 
-    def _own(self, work: Coroutine[object, object, None]) -> None:
+    def _own(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _follow(self, machine: Machine) -> None:
         """Wait for the machine's end and record it."""
@@ -173,9 +169,7 @@ class Box:
         return {"state": BoxState.FAILED, "reason": failure.describe_end(remains)}
 
     async def _finish(self) -> None:
-        for timer in (self._lifetime, self._idle):
-            if timer is not None:
-                timer.cancel()
+        self._stop_clocks()
         self.ended.set()
         await self.let_go(cancel=False)
 
@@ -200,24 +194,77 @@ class Box:
     def _expire(self, why: str) -> None:
         self._own(self.stop(DEFAULT_STOP_GRACE, why))
 
-    def _rest(self) -> None:
-        seconds = self.record.config.idle_timeout
-        if seconds and self._calls == 0 and self.record.state.alive:
-            why = f"nothing has used it for its idle_timeout of {seconds:g} s"
-            self._idle = asyncio.get_running_loop().call_later(seconds, self._expire, why)
+    def _stop_clocks(self) -> None:
+        self.activity.clear()
+        if self._lifetime is not None:
+            self._lifetime.cancel()
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep the box from counting as idle."""
-        self._calls += 1
-        if self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
+    def restart_clocks(self) -> None:
+        """Start to measure its life and its idleness, by the limits that it has now."""
+        self._stop_clocks()
+        config = self.record.config
+        if config.max_lifetime:
+            left = max(0.0, self.record.create_time + config.max_lifetime - time.time())
+            why = f"its max_lifetime of {config.max_lifetime:g} s has passed"
+            self._lifetime = asyncio.get_running_loop().call_later(left, self._expire, why)
+        unused = f"nothing has used it for its idle_timeout of {config.idle_timeout:g} s"
+        self.activity.limit(config.idle_timeout, lambda: self._expire(unused))
+        self.activity.limit(config.auto_pause, lambda: self._own(self._pause_idle()))
+        self.activity.rest()
+
+    @contextlib.asynccontextmanager
+    async def in_use(self) -> AsyncIterator[None]:
+        """Keep the box from counting as idle; one that was paused for being idle goes on first.
+
+        Raises:
+            VoidboxError: it does not go on.
+        """
+        self.activity.begin()
         try:
+            if self.record.auto_paused:
+                # Whoever goes away meanwhile must not leave it half awake.
+                await asyncio.shield(self._own(self._wake()))
             yield
         finally:
-            self._calls -= 1
-            self._rest()
+            self.activity.end()
+
+    async def _pause_idle(self) -> None:
+        async with self.operation:
+            machine = self.machine
+            if self.activity.calls or self._asked or self.record.state is not BoxState.RUNNING or not machine:
+                return
+            try:
+                # On disk first: a service that dies in between finds the machine paused by itself.
+                self.update(auto_paused=True)
+                await machine.pause()
+            except VoidboxError as error:
+                log.warning("box %s is idle but cannot be paused: %s", self.id, error.message)
+                return
+            if self.activity.calls:  # one came while the machine was being stopped
+                await machine.resume()
+                self.update(auto_paused=False)
+                return
+            self.update(state=BoxState.PAUSED)
+            log.info("box %s is paused: idle for %g s", self.id, self.record.config.auto_pause)
+
+    async def _wake(self) -> None:
+        async with self.operation:
+            if self.record.auto_paused and self.record.state is BoxState.PAUSED:
+                await self._go_on()
+                log.info("box %s goes on: it is used", self.id)
+
+    async def _go_on(self) -> None:
+        """Let a paused machine run, with the right time; the caller holds the lock."""
+        assert self.machine is not None
+        await self.machine.resume()
+        if self.agent is not None:
+            try:
+                await self.unless_ended(self.agent.set_clock())
+            except VoidboxError as error:
+                # It may hang since before it was paused; that must not keep it from being stopped.
+                log.warning("box %s: its clock is late by the pause: %s", self.id, error.message)
+        self.update(state=BoxState.RUNNING, auto_paused=False)
+        self.activity.rest()
 
     @property
     def guest(self) -> Guest:
@@ -227,10 +274,11 @@ class Box:
             WrongState: the box does not run; the message says why.
         """
         if self.agent is None or self.record.state is not BoxState.RUNNING:
-            raise self._not("running")
+            raise self.wrong_state("running")
         return self.agent
 
-    def _not(self, wanted: str) -> WrongState:
+    def wrong_state(self, wanted: str) -> WrongState:
+        """What to say to whoever needs it to be `wanted`."""
         state, why = self.record.state.value, self.record.reason
         return WrongState(
             f"box {self.id} is not {wanted} but {state}" + (f": {why}" if why else ""),
@@ -277,11 +325,13 @@ class Box:
         Raises:
             WrongState: it neither runs nor is paused.
         """
-        async with self._operation:
+        async with self.operation:
             if self.record.state is BoxState.PAUSED:
+                if self.record.auto_paused:
+                    self.update(auto_paused=False)  # from now on it stays so
                 return
             if self.record.state is not BoxState.RUNNING or self.machine is None:
-                raise self._not("running")
+                raise self.wrong_state("running")
             await self.machine.pause()
             self.update(state=BoxState.PAUSED)
 
@@ -291,13 +341,12 @@ class Box:
         Raises:
             WrongState: it neither runs nor is paused.
         """
-        async with self._operation:
+        async with self.operation:
             if self.record.state is BoxState.RUNNING:
                 return
             if self.record.state is not BoxState.PAUSED or self.machine is None:
-                raise self._not("paused")
-            await self.machine.resume()
-            self.update(state=BoxState.RUNNING)
+                raise self.wrong_state("paused")
+            await self._go_on()
 
     async def capture(self, into: Saved, layers: Path) -> float:
         """Save the running box and let it go on.
@@ -313,7 +362,7 @@ class Box:
             WrongState: it does not run, or cannot be saved.
             VoidboxError: it could not be saved; it goes on.
         """
-        async with self._operation:
+        async with self.in_use(), self.operation:
             guest, machine = self.guest, self.machine
             assert machine is not None
             if self.record.config.mounts:
@@ -339,15 +388,14 @@ class Box:
 
             # On disk first: a service that dies now leaves a machine that stands still.
             self.update(capturing=True)
-            with self.in_use():
-                try:
-                    await self.unless_ended(machine.capture(into, layers, stand_still))
-                finally:
-                    if began:
-                        await self.unless_ended(guest.freeze(False))
-                    self.update(capturing=False)
-                into.facts |= {"secret": guest.metadata[0][1].hex(), "frozen": True}
-                return time.monotonic() - began
+            try:
+                await self.unless_ended(machine.capture(into, layers, stand_still))
+            finally:
+                if began:
+                    await self.unless_ended(guest.freeze(False))
+                self.update(capturing=False)
+            into.facts |= {"secret": guest.metadata[0][1].hex(), "frozen": True}
+            return time.monotonic() - began
 
     def usage(self) -> stats.Usage:
         """What its processes take of the host."""
@@ -377,11 +425,15 @@ class Box:
         Raises:
             Unavailable: its processes do not end.
         """
-        async with self._operation:
+        async with self.operation:
             machine = self.machine
             if not self.record.state.alive or machine is None:
                 return
-            ask = grace > 0 and self.record.state is BoxState.RUNNING
+            ask = grace > 0 and self.record.state in (BoxState.RUNNING, BoxState.PAUSED)
+            if ask and self.record.state is BoxState.PAUSED:
+                # It cannot end in order while it stands still: its programs, and what its disks are owed.
+                with contextlib.suppress(VoidboxError):
+                    await machine.resume()
             self._asked = why
             if self.record.state is not BoxState.STOPPING:
                 self.update(state=BoxState.STOPPING, reason=why)

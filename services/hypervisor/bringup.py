@@ -171,6 +171,7 @@ async def adopt(box: Box, driver: Driver) -> None:
         if boot_id != box.record.boot_id:
             raise Internal(f"box {box.id}: its guest has booted again", reason="BOOT_ID_CHANGED")
     state = BoxState.PAUSED if paused else BoxState.RUNNING
-    if state is not box.record.state:
-        box.update(state=state)
+    auto_paused = paused and box.record.auto_paused
+    if (state, auto_paused) != (box.record.state, box.record.auto_paused):
+        box.update(state=state, auto_paused=auto_paused)
     box.serve(machine)

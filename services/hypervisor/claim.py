@@ -35,6 +35,10 @@ ENTROPY_BYTES = 64
 MOUNT_SECONDS = 30.0
 # Longer than the guest itself waits for its programs, and for a device that was plugged in again.
 FREEZE_SECONDS = 40.0
+# One system call; a guest under emulation on a busy host that has just been woken answers late.
+CLOCK_SECONDS = 10.0
+# Memory in use is reclaimed first, which may write much to the box's disk.
+LIMITS_SECONDS = 60.0
 
 # The socket stands before the guest runs, so a connection is accepted and then waits for the
 # guest's driver; it is refused while the driver is up and the agent not yet, then tried again.
@@ -188,13 +192,8 @@ class Guest:
             env=dict(identity.env),
             rehearsal=rehearsal,
         )
-        given = identity.confinement
-        request.confinement.limits.memory_bytes = given.memory_bytes
-        request.confinement.limits.processes = given.processes
-        request.confinement.limits.cpu_millis = given.cpu_millis
-        request.confinement.limits.open_files = given.open_files
-        request.confinement.limits.file_size_bytes = given.file_size_bytes
-        request.confinement.allowed_programs.extend(given.allowed_programs)
+        request.confinement.limits.CopyFrom(_limits(identity.confinement))
+        request.confinement.allowed_programs.extend(identity.confinement.allowed_programs)
         if identity.user is not None:
             request.default_user.uid, request.default_user.gid = identity.user
         if identity.root_serial:
@@ -242,6 +241,35 @@ class Guest:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 
+    async def set_clock(self) -> None:
+        """Tell the guest what time it is; its clock stood still with its processors.
+
+        Raises:
+            VoidboxError: it does not answer.
+        """
+        now = time.time_ns()
+        request = guest_pb2.SetClockRequest(
+            wall_clock=timestamp_pb2.Timestamp(seconds=now // 10**9, nanos=now % 10**9)
+        )
+        try:
+            await self.stub.SetClock(
+                request, timeout=CLOCK_SECONDS, wait_for_ready=True, metadata=self.metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def update_limits(self, confinement: Confinement) -> None:
+        """Change what the guest's programs may take; limits that are 0 stay as they are.
+
+        Raises:
+            VoidboxError: as the guest says.
+        """
+        request = guest_pb2.UpdateLimitsRequest(limits=_limits(confinement))
+        try:
+            await self.stub.UpdateLimits(request, timeout=LIMITS_SECONDS, metadata=self.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
     async def boot_id(self, seconds: float) -> str:
         """The guest's boot id, if it knows our secret.
 
@@ -269,3 +297,13 @@ class Guest:
             await self.stub.Shutdown(request, timeout=grace + 1, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
+
+
+def _limits(given: Confinement) -> common_pb2.Limits:
+    return common_pb2.Limits(
+        memory_bytes=given.memory_bytes,
+        processes=given.processes,
+        cpu_millis=given.cpu_millis,
+        open_files=given.open_files,
+        file_size_bytes=given.file_size_bytes,
+    )

@@ -29,6 +29,7 @@ from services.hypervisor.probe import ProbeResult
 from services.hypervisor.snapshots import Snapshot, check_name
 from services.hypervisor.states import BoxState
 from services.hypervisor.templates import Template
+from services.hypervisor.update import Changes
 from services.hypervisor.volumes import Volume
 from voidbox.common.v1 import common_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2
@@ -128,12 +129,40 @@ def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
         accelerator=_ACCELERATORS[message.accelerator],
         max_lifetime=seconds(message.max_lifetime, "max_lifetime"),
         idle_timeout=seconds(message.idle_timeout, "idle_timeout"),
+        auto_pause=seconds(message.auto_pause, "auto_pause"),
         labels=_entries(message.labels, "labels"),
         hostname=message.hostname,
         cold_boot=message.cold_boot,
         confinement=_read_confinement(message.confinement),
         holds_secrets=message.holds_secrets,
         snapshot=message.snapshot,
+    )
+
+
+def read_changes(message: hypervisor_pb2.UpdateBoxRequest) -> Changes:
+    """What is to be changed of a box.
+
+    Raises:
+        InvalidInput: a value that cannot be; the message names the field.
+        NotBuilt: a feature of a later version.
+    """
+    if message.HasField("egress"):
+        raise unsupported("a new network policy for a running box (egress)")
+
+    def time(field: str) -> float | None:
+        return seconds(getattr(message, field), field) if message.HasField(field) else None  # type: ignore[arg-type]
+
+    return Changes(
+        resources=Resources(
+            memory_mib=message.resources.memory_mib,
+            vcpus=message.resources.vcpus,
+            disk_mib=message.resources.disk_mib,
+        ),
+        limits=_read_confinement(common_pb2.Confinement(limits=message.limits)),
+        max_lifetime=time("max_lifetime"),
+        idle_timeout=time("idle_timeout"),
+        auto_pause=time("auto_pause"),
+        labels=_entries(message.labels, "labels"),
     )
 
 
@@ -247,6 +276,7 @@ def box(record: BoxRecord) -> hypervisor_pb2.Box:
         accelerator=accelerator(record.accelerator),
         vmm_pid=record.vmm_pid if record.state.alive else 0,
         origin=record.origin,
+        auto_paused=record.auto_paused and record.state is BoxState.PAUSED,
         phases=[
             hypervisor_pb2.Phase(name=phase.name, duration=duration(phase.seconds)) for phase in record.phases
         ],
@@ -282,6 +312,8 @@ def _config(config: BoxConfig) -> hypervisor_pb2.BoxConfig:
         message.max_lifetime.CopyFrom(duration(config.max_lifetime))
     if config.idle_timeout:
         message.idle_timeout.CopyFrom(duration(config.idle_timeout))
+    if config.auto_pause:
+        message.auto_pause.CopyFrom(duration(config.auto_pause))
     return message
 
 

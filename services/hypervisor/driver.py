@@ -154,6 +154,10 @@ class Machine(Protocol):
         """What it left behind; meaningful once `ended` is set."""
         ...
 
+    def cpu_seconds(self) -> float:
+        """Processor time that it has used so far; cheap."""
+        ...
+
     def vsock_bytes(self) -> tuple[int, int]:
         """Bytes sent to and received from the guest over vsock."""
         ...

@@ -112,6 +112,7 @@ class BoxConfig:
     accelerator: Accelerator | None = None
     max_lifetime: float = 0.0
     idle_timeout: float = 0.0
+    auto_pause: float = 0.0
     labels: Mapping[str, str] = field(default_factory=dict)
     hostname: str = ""
     confinement: Confinement = field(default_factory=Confinement)
@@ -134,7 +135,8 @@ class BoxRecord:
 
     Times are seconds since the epoch, 0 while the event is still to come. `shim_pid` and
     `shim_start` (its start time in clock ticks since the host's boot) name the process
-    together: a pid alone may be somebody else's by now.
+    together: a pid alone may be somebody else's by now. `asked` is the configuration that the box was
+    created with, once it has another.
     """
 
     id: str
@@ -154,4 +156,6 @@ class BoxRecord:
     host_boot_id: str = ""
     origin: str = "boot"
     capturing: bool = False
+    auto_paused: bool = False
+    asked: BoxConfig | None = None
     phases: tuple[Phase, ...] = ()

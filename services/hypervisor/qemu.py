@@ -26,6 +26,7 @@ from services.hypervisor import (
     leftovers,
     qmp,
     saved,
+    stats,
 )
 from services.hypervisor.argv import VsockDevice
 from services.hypervisor.driver import Machine, MachinePlan, NotRestored
@@ -282,6 +283,10 @@ class QemuMachine:
     def remains(self) -> Remains:
         """See `Machine.remains`."""
         return leftovers.read(self._directory, self._shutdown)
+
+    def cpu_seconds(self) -> float:
+        """See `Machine.cpu_seconds`."""
+        return sum(map(stats.cpu_seconds, self.pids))
 
     def vsock_bytes(self) -> tuple[int, int]:
         """See `Machine.vsock_bytes`."""

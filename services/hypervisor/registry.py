@@ -227,7 +227,7 @@ class Registry:
         existing = self._boxes.get(box_id)
         if existing is None:
             creation = self._admit(box_id, config, start_seconds)
-        elif existing.record.config != config:
+        elif (existing.record.asked or existing.record.config) != config:
             raise AlreadyExists(
                 f"box {box_id} exists with another configuration; choose another id or delete it first",
                 reason="BOX_EXISTS",

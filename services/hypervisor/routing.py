@@ -7,7 +7,15 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from services.common.errors import Denied, InvalidInput, NotFound, Unavailable, from_rpc_error
+from services.common.errors import (
+    Denied,
+    InvalidInput,
+    NotFound,
+    Unavailable,
+    VoidboxError,
+    abort,
+    from_rpc_error,
+)
 from services.common.forward import Forwarder, Metadata, Target
 from services.hypervisor.claim import SECRET_KEY
 from services.hypervisor.registry import Registry
@@ -16,7 +24,9 @@ BOX_KEY = "voidbox-box-id"
 GUEST_SERVICE = "voidbox.guest.v1.GuestService"
 HEALTH_SERVICE = "grpc.health.v1.Health"
 # What only the hypervisor itself may ask of a guest.
-RESERVED = frozenset({"Claim", "Mount", "ConfigureNetwork", "FreezePrograms"})
+OBSERVING = frozenset((f"/{GUEST_SERVICE}/Telemetry", f"/{HEALTH_SERVICE}/Check", f"/{HEALTH_SERVICE}/Watch"))
+"""Who only looks on neither keeps a box awake nor wakes it."""
+RESERVED = frozenset({"Claim", "Mount", "ConfigureNetwork", "FreezePrograms", "SetClock"})
 
 
 def box_id_of(metadata: Metadata) -> str | None:
@@ -51,14 +61,18 @@ class BoxForwarder(grpc.GenericRpcHandler):
         if handler is None or handler.stream_stream is None:
             return handler
         forward = handler.stream_stream
+        observes = handler_call_details.method in OBSERVING
 
         async def counted(
             requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
         ) -> None:
-            with contextlib.ExitStack() as stack:
+            async with contextlib.AsyncExitStack() as stack:
                 box_id = box_id_of(tuple((key, value) for key, value in metadata))
-                if box_id:
-                    stack.enter_context(self._registry.get(box_id).in_use())
+                if box_id and not observes:
+                    try:
+                        await stack.enter_async_context(self._registry.get(box_id).in_use())
+                    except VoidboxError as error:
+                        await abort(context, error)
                 await forward(requests, context)  # type: ignore[arg-type, misc]
 
         return grpc.stream_stream_rpc_method_handler(counted)

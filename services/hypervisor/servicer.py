@@ -10,10 +10,10 @@ from services.common.errors import InvalidInput, VoidboxError, WrongState
 from services.hypervisor import console, convert, convert_changes, layout
 from services.hypervisor.box import DEFAULT_STOP_GRACE
 from services.hypervisor.capabilities import describe_host
-from services.hypervisor.prepare import unsupported
 from services.hypervisor.probe import Prober
 from services.hypervisor.registry import DEFAULT_START_SECONDS, Registry
 from services.hypervisor.tunnel import tunnel
+from services.hypervisor.update import update
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 from voidbox.hypervisor.v1 import hypervisor_pb2_grpc
 
@@ -96,6 +96,9 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
             resident_bytes=usage.resident,
             proportional_bytes=usage.proportional,
             private_bytes=usage.private,
+            swap_bytes=usage.swapped,
+            disk_read_bytes=usage.disk_read,
+            disk_written_bytes=usage.disk_written,
             disk_bytes=box.disk_bytes(),
             vsock_sent_bytes=sent,
             vsock_received_bytes=received,
@@ -120,7 +123,7 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
         if first is None or first.WhichOneof("request") != "open":
             raise InvalidInput("the first message must be `open`", reason="BAD_FIRST_MESSAGE")
         box = self._registry.get(first.open.box_id)
-        with box.in_use():
+        async with box.in_use():
             try:
                 async for data in tunnel(box.guest, first.open.port, _upward(request_iterator)):
                     yield pb.ForwardPortResponse(data=data)
@@ -135,8 +138,10 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
         return pb.ForkBoxResponse(boxes=map(convert.box, records), pause=convert.duration(pause))
 
     async def UpdateBox(self, request: pb.UpdateBoxRequest, context: Context) -> pb.UpdateBoxResponse:
-        """Not built in this version."""
-        raise unsupported("update")
+        """Changes limits of a running box."""
+        box = self._registry.get(request.box_id)
+        await update(box, convert.read_changes(request))
+        return pb.UpdateBoxResponse(box=convert.box(box.record))
 
     async def BuildTemplate(
         self, request: pb.BuildTemplateRequest, context: Context

@@ -31,12 +31,12 @@ _ENDED = frozenset({BoxState.STOPPED, BoxState.FAILED})
 TRANSITIONS: dict[BoxState, frozenset[BoxState]] = {
     BoxState.STARTING: frozenset({BoxState.RUNNING, BoxState.STOPPING, BoxState.FAILED}),
     BoxState.RUNNING: frozenset({BoxState.PAUSED, BoxState.STOPPING, BoxState.STOPPED, BoxState.FAILED}),
-    BoxState.PAUSED: frozenset({BoxState.RUNNING, BoxState.STOPPING, BoxState.FAILED}),
+    BoxState.PAUSED: frozenset({BoxState.RUNNING, BoxState.STOPPING, BoxState.STOPPED, BoxState.FAILED}),
     BoxState.STOPPING: frozenset({BoxState.STOPPED, BoxState.FAILED}),
     BoxState.STOPPED: frozenset(),
     BoxState.FAILED: frozenset(),
 }
-"""RUNNING → STOPPED directly is a guest that was asked to power off through its own agent."""
+"""RUNNING or PAUSED → STOPPED directly is a guest that was asked to power off through its own agent."""
 
 
 def move(present: BoxState, new: BoxState) -> BoxState:

@@ -257,6 +257,8 @@ class Peers:
             labels=labels,
             confinement=_confinement(machine),
         )
+        if machine.auto_pause:
+            config.auto_pause.seconds = machine.auto_pause
         for volume in machine.volumes:
             await self._make_volume(volume)
             config.disks.add(volume=volume.name, guest_path=volume.guest, writable=True)

@@ -62,6 +62,7 @@ class Machine:
     volumes: tuple[Volume, ...] = ()
     pull_policy: PullPolicy = PullPolicy.MISSING
     cold_boot: bool = False
+    auto_pause: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +232,7 @@ def _machine(sandbox: Sandbox, box: BoxSandbox, extra: tuple[Mount, ...]) -> Mac
         allowed_commands=sandbox.allowed_commands,
         volumes=(*sandbox.volumes, *box.volumes),
         pull_policy=box.pull_policy or sandbox.pull_policy,
+        auto_pause=sandbox.auto_pause_secs,
     )
 
 

@@ -35,6 +35,8 @@ class FakeGuest(guest_pb2_grpc.GuestServiceServicer):
         self.hold = asyncio.Event()
         self.broken: VoidboxError | None = None
         self.frozen: list[bool] = []
+        self.clocks: list[int] = []
+        self.limits: list[Any] = []
 
     async def Claim(self, request: guest_pb2.ClaimRequest, context: Any) -> guest_pb2.ClaimResponse:  # noqa: N802
         if not request.rehearsal:
@@ -78,6 +80,14 @@ class FakeGuest(guest_pb2_grpc.GuestServiceServicer):
         self.frozen.append(request.frozen)
         return guest_pb2.FreezeProgramsResponse()
 
+    async def SetClock(self, request: Any, context: Any) -> guest_pb2.SetClockResponse:  # noqa: N802
+        self.clocks.append(request.wall_clock.ToNanoseconds())
+        return guest_pb2.SetClockResponse()
+
+    async def UpdateLimits(self, request: Any, context: Any) -> guest_pb2.UpdateLimitsResponse:  # noqa: N802
+        self.limits.append(request.limits)
+        return guest_pb2.UpdateLimitsResponse()
+
     async def Shutdown(self, request: Any, context: Any) -> guest_pb2.ShutdownResponse:  # noqa: N802
         asyncio.get_running_loop().call_later(0.01, self.on_shutdown)
         return guest_pb2.ShutdownResponse()
@@ -93,6 +103,7 @@ class FakeMachine:
         self.directory = directory
         self._end = Remains(recorded=True, exit_code=0)
         self._paused = False
+        self.cpu: Callable[[], float] = lambda: 0.0
         self._server = grpc.aio.server()
         guest_pb2_grpc.add_GuestServiceServicer_to_server(guest, self._server)
         checker = health.aio.HealthServicer()
@@ -157,6 +168,9 @@ class FakeMachine:
 
     def remains(self) -> Remains:
         return self._end
+
+    def cpu_seconds(self) -> float:
+        return self.cpu()
 
     def vsock_bytes(self) -> tuple[int, int]:
         return 11, 22

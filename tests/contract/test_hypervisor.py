@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.common.channel import open_channel
 from services.common.errors import (
     AlreadyExists,
     Denied,
@@ -28,49 +26,18 @@ from services.common.paths import Paths
 from services.hypervisor.__main__ import running
 from services.hypervisor.config import Config
 from services.hypervisor.failure import Remains
-from tests.contract.hypervisor_fakes import BOOT_ID, FakeDriver, FakeGuest
-from tests.vm import BOX_KEY, Client, refused
+from tests.contract.hypervisor_fakes import BOOT_ID, FakeGuest
+from tests.contract.hypervisor_harness import Harness, harness
+from tests.vm import BOX_KEY, refused
 from voidbox.common.v1 import common_pb2
 from voidbox.guest.v1 import guest_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 
-NOT_BUILT = {"UpdateBox"}
-
-
-class Harness(Client):
-    """The service with fake machines, and a client of it."""
-
-    def __init__(self, channel: Any, driver: FakeDriver, directory: Path) -> None:
-        super().__init__(channel)
-        self.driver = driver
-        self.kernel = directory / "vmlinux"
-        self.kernel.write_bytes(b"\x7fELF\x02\x01".ljust(18, b"\0") + b"\x3e\0".ljust(2000, b"\0"))
-        self.initramfs = directory / "initramfs.cpio"
-        self.initramfs.write_bytes(b"070701" + bytes(2000))
-
-    def config(self, **changes: Any) -> pb.BoxConfig:
-        values: dict[str, Any] = {
-            "kernel_path": str(self.kernel),
-            "initramfs_path": str(self.initramfs),
-            "resources": {"memory_mib": 64},
-        }
-        return pb.BoxConfig(**(values | changes))
-
-    async def create(self, box_id: str, **changes: Any) -> pb.Box:
-        request = pb.CreateBoxRequest(box_id=box_id, config=self.config(**changes))
-        return (await self.hypervisor.CreateBox(request, timeout=20)).box
-
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Harness]:
-    driver = FakeDriver()
-    paths = Paths(state=tmp_path / "state", cache=tmp_path / "cache", runtime=tmp_path / "rt")
-    async with contextlib.AsyncExitStack() as stack:
-        addresses = await stack.enter_async_context(running(Config(ready_size=0), paths, driver=driver))
-        channel = await stack.enter_async_context(open_channel(addresses[0]))
-        yield Harness(channel, driver, tmp_path)
-        for machine in driver.machines.values():
-            await machine.close()
+    async with harness(tmp_path) as made:
+        yield made
 
 
 async def create(service: Harness) -> None:
@@ -487,6 +454,41 @@ async def delete_volume(service: Harness) -> None:
         )
 
 
+async def update(service: Harness) -> None:
+    await service.create("b", labels={"keep": "1", "drop": "1"}, confinement={"limits": {"processes": 50}})
+
+    def change(**changes: Any) -> pb.UpdateBoxRequest:
+        return pb.UpdateBoxRequest(box_id="b", **changes)
+
+    request = change(
+        limits={"memory_bytes": 64 << 20, "cpu_millis": 500},
+        labels={"drop": "", "new": "x"},
+        max_lifetime={"seconds": 500},
+    )
+    box = (await service.hypervisor.UpdateBox(request)).box
+    assert dict(box.config.labels) == {"keep": "1", "new": "x"}
+    assert box.config.max_lifetime.seconds == 500
+    limits = box.config.confinement.limits
+    assert (limits.memory_bytes, limits.cpu_millis, limits.processes) == (64 << 20, 500, 50)
+    (told,) = service.driver.machines["b"].guest.limits
+    assert told == limits
+    # The request that made it still means it, and what it is made of now is no other box's.
+    again = await service.create(
+        "b", labels={"keep": "1", "drop": "1"}, confinement={"limits": {"processes": 50}}
+    )
+    assert again.config == box.config
+    for changes in ({"resources": {"disk_mib": 5}}, {"resources": {"vcpus": 2}}, {"resources": {"vcpus": -1}},
+                    {"resources": {"memory_mib": 65}}, {"limits": {"cpu_millis": -1}}):  # fmt: skip
+        error = await refused(service.hypervisor.UpdateBox(change(**changes)))
+        assert isinstance(error, InvalidInput), changes
+    assert (await service.get("b")).config == box.config
+    short = change(max_lifetime={"nanos": 1})
+    await service.hypervisor.UpdateBox(short)
+    assert "max_lifetime" in (await service.until("b", pb.BOX_STATE_STOPPED)).reason
+    error = await refused(service.hypervisor.UpdateBox(short))
+    assert isinstance(error, WrongState)
+
+
 CASES: dict[str, Callable[[Harness], Awaitable[None]]] = {
     "GetCapabilities": capabilities,
     "CreateBox": create,
@@ -498,6 +500,7 @@ CASES: dict[str, Callable[[Harness], Awaitable[None]]] = {
     "PauseBox": pause,
     "ResumeBox": resume,
     "GetBoxStats": stats,
+    "UpdateBox": update,
     "ReadConsole": read_console,
     "ForwardPort": forward_port,
     "ForkBox": fork,
@@ -520,15 +523,8 @@ METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["HypervisorS
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_every_call_does_what_it_says_or_says_that_it_is_not_built(
-    service: Harness, method: str
-) -> None:
-    if method not in NOT_BUILT:
-        await CASES[method](service)
-        return
-    error = await refused(getattr(service.hypervisor, method)(getattr(pb, f"{method}Request")()))
-    assert isinstance(error, NotBuilt)
-    assert error.reason == "NOT_IMPLEMENTED"
+async def test_every_call_does_what_it_says(service: Harness, method: str) -> None:
+    await CASES[method](service)
 
 
 @pytest.mark.parametrize(

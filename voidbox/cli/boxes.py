@@ -11,6 +11,11 @@ from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 RUNNING = frozenset((hv.BOX_STATE_RUNNING,))
 
 
+def box_state(box: hv.Box) -> str:
+    """A box's state for people: `paused (idle)` if the next call lets it go on."""
+    return state_word(box.state) + (" (idle)" if box.auto_paused else "")
+
+
 def state_word(state: hv.BoxState.ValueType) -> str:
     """A state for people and for JSON: `running`."""
     return hv.BoxState.Name(state).removeprefix("BOX_STATE_").lower()
@@ -44,7 +49,7 @@ async def find_box(client: Client, name: str, states: frozenset[hv.BoxState.Valu
             box=name,
         )
     state = boxes[name].state
-    if state not in states:
+    if state not in states and not (boxes[name].auto_paused and hv.BOX_STATE_RUNNING in states):
         reason = boxes[name].reason
         wanted = " or ".join(sorted(state_word(one) for one in states))
         raise WrongState(

@@ -1,10 +1,11 @@
-"""`voidbox console`, `pause` and `resume`: the machine of a box, whatever runs in it."""
+"""`voidbox console`, `pause`, `resume` and `update`: the machine of a box, whatever runs in it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from services.common.errors import InvalidInput
 from voidbox.cli.boxes import find_box, state_word
 from voidbox.cli.connection import Context
 from voidbox.cli.exitcode import ExitCode
@@ -72,6 +73,36 @@ def resume_command(context: Context) -> int:
         return (await client.call(lambda: client.hypervisor.ResumeBox(request, timeout=CALL_SECONDS))).box
 
     return _each(context, resume)
+
+
+def update_command(context: Context) -> int:
+    """Change limits, times and labels of boxes."""
+    args = context.args
+    wanted = hv.UpdateBoxRequest()
+    if args.cpus:
+        wanted.limits.cpu_millis = max(1, round(args.cpus * 1000))
+    if args.processes:
+        wanted.limits.processes = args.processes
+    if args.memory_mb:
+        wanted.resources.memory_mib = args.memory_mb
+    for name in ("max_lifetime", "idle_timeout", "auto_pause"):
+        if getattr(args, name) is not None:
+            getattr(wanted, name).FromNanoseconds(round(getattr(args, name) * 1e9))
+    for label in args.label:
+        name, _, value = label.partition("=")
+        if not name:
+            raise InvalidInput(f"--label {label!r} has no name", reason="BAD_OPTION")
+        wanted.labels[name] = value
+    if not wanted.ByteSize():
+        raise InvalidInput("nothing is to be changed; see voidbox update --help", reason="BAD_OPTION")
+
+    async def update(client: Client, box: str) -> hv.Box:
+        request = hv.UpdateBoxRequest()
+        request.CopyFrom(wanted)
+        request.box_id = box
+        return (await client.call(lambda: client.hypervisor.UpdateBox(request, timeout=CALL_SECONDS))).box
+
+    return _each(context, update)
 
 
 def _each(context: Context, action: Callable[[Client, str], Awaitable[hv.Box]]) -> int:

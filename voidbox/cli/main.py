@@ -25,6 +25,7 @@ _MODULES = {
     "stats": "stats",
     "console": "machine",
     "pause": "machine",
+    "update": "machine",
     "resume": "machine",
     "port-forward": "forward",
     "template": "saved",

@@ -289,6 +289,20 @@ def _add_machine(add: Callable[[str, str], Parser]) -> None:
     )
     for name, text in (("pause", "Stop the processors of boxes."), ("resume", "Let paused boxes go on.")):
         add(name, text).add_argument("boxes", nargs="+", metavar="BOX", help=box)
+    update = add("update", "Change limits, times and labels of boxes that run.")
+    update.add_argument("boxes", nargs="+", metavar="BOX", help=box)
+    update.add_argument("--cpus", type=_cpus, metavar="N", help="processors, also fractions of one")
+    update.add_argument("--memory-mb", type=_positive, metavar="N", help="memory of the guest in MiB")
+    update.add_argument("--processes", type=_positive, metavar="N", help="processes of all programs together")
+    for option, what in (
+        ("--max-lifetime", "it is stopped so long after its creation"),
+        ("--idle-timeout", "it is stopped when nothing has used it for so long"),
+        ("--auto-pause", "it is paused when nothing has used it for so long, until the next call"),
+    ):
+        update.add_argument(option, type=_age_or_never, metavar="TIME", help=f"{what}, e.g. 90s, 10m, never")
+    update.add_argument(
+        "--label", action="append", default=[], metavar="NAME=VALUE", help="set a label; no value removes it"
+    )
     forward = add("port-forward", "Make ports of a box reachable on this host until Ctrl-C.")
     forward.add_argument("box", metavar="BOX", help=box)
     forward.add_argument(
@@ -457,6 +471,17 @@ def _age(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a time above 0: seconds, or a number with s, m, h, d or w"
         ) from None
+
+
+def _age_or_never(text: str) -> float:
+    return 0.0 if text == "never" else _age(text)
+
+
+def _cpus(text: str) -> float:
+    value = _seconds(text)
+    if not 0.01 <= value <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processors from 0.01 to 1024")
+    return value
 
 
 def _seconds(text: str) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from services.common.errors import InvalidInput
-from voidbox.cli.boxes import find_box, state_word
+from voidbox.cli.boxes import box_state, find_box, state_word
 from voidbox.cli.connection import Context
 from voidbox.cli.exitcode import ExitCode
 from voidbox.cli.screen import size, table
@@ -186,14 +186,20 @@ async def _list_boxes(context: Context, client: Client) -> None:
     boxes = [box async for box in client.list_boxes()]
     rows = [
         (
-            box.id, state_word(box.state), box.origin, box.config.resources.memory_mib,
+            box.id, box_state(box), box.origin, box.config.resources.memory_mib,
             box.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M"), box.reason,
         )
         for box in boxes
     ]  # fmt: skip
     header = ("box", "state", "from", "MiB", "created", "reason")
     plain = [
-        {"box_id": box.id, "state": state_word(box.state), "origin": box.origin, "reason": box.reason}
+        {
+            "box_id": box.id,
+            "state": state_word(box.state),
+            "auto_paused": box.auto_paused,
+            "origin": box.origin,
+            "reason": box.reason,
+        }
         for box in boxes
     ]
     context.screen.result(table(header, rows, right=(3,)), plain)

@@ -198,6 +198,13 @@ class Sandbox:
         default=PullPolicy.MISSING,
         any_case=True,
     )
+    auto_pause_secs: int = key(
+        "The box is paused when nothing has used it for so many seconds, and goes on upon the next call or "
+        "connection. An open call and a program that computes are use. 0: never.",
+        default=0,
+        minimum=0,
+        maximum=1 << 24,
+    )
     limits: Limits = key("What the programs of the box may take.", default_factory=Limits)
     allowed_commands: tuple[str, ...] = key(
         "What programs, and all that they start, may execute: names on PATH, absolute paths of programs, or "

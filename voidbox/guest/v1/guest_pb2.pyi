@@ -1946,3 +1946,71 @@ class FreezeProgramsResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___FreezeProgramsResponse = FreezeProgramsResponse
+
+@typing.final
+class SetClockRequest(google.protobuf.message.Message):
+    """Tells the time."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WALL_CLOCK_FIELD_NUMBER: builtins.int
+    @property
+    def wall_clock(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """What the wall clock shall be."""
+
+    def __init__(
+        self,
+        *,
+        wall_clock: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["wall_clock", b"wall_clock"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["wall_clock", b"wall_clock"]) -> None: ...
+
+global___SetClockRequest = SetClockRequest
+
+@typing.final
+class SetClockResponse(google.protobuf.message.Message):
+    """The clock is set."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___SetClockResponse = SetClockResponse
+
+@typing.final
+class UpdateLimitsRequest(google.protobuf.message.Message):
+    """Changes limits."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LIMITS_FIELD_NUMBER: builtins.int
+    @property
+    def limits(self) -> voidbox.common.v1.common_pb2.Limits:
+        """New limits; those that are 0 stay as they are. Those of each process hold for programs that are
+        started from now on.
+        """
+
+    def __init__(
+        self,
+        *,
+        limits: voidbox.common.v1.common_pb2.Limits | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["limits", b"limits"]) -> None: ...
+
+global___UpdateLimitsRequest = UpdateLimitsRequest
+
+@typing.final
+class UpdateLimitsResponse(google.protobuf.message.Message):
+    """They are in force."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___UpdateLimitsResponse = UpdateLimitsResponse

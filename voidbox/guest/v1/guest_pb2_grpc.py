@@ -145,6 +145,16 @@ class GuestServiceStub(object):
                 request_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsRequest.SerializeToString,
                 response_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsResponse.FromString,
                 _registered_method=True)
+        self.SetClock = channel.unary_unary(
+                '/voidbox.guest.v1.GuestService/SetClock',
+                request_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.SetClockRequest.SerializeToString,
+                response_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.SetClockResponse.FromString,
+                _registered_method=True)
+        self.UpdateLimits = channel.unary_unary(
+                '/voidbox.guest.v1.GuestService/UpdateLimits',
+                request_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.UpdateLimitsRequest.SerializeToString,
+                response_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.UpdateLimitsResponse.FromString,
+                _registered_method=True)
         self.Telemetry = channel.unary_stream(
                 '/voidbox.guest.v1.GuestService/Telemetry',
                 request_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.TelemetryRequest.SerializeToString,
@@ -324,6 +334,21 @@ class GuestServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetClock(self, request, context):
+        """Sets the wall clock, which stood still while the machine was paused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateLimits(self, request, context):
+        """Changes what all programs together may take.
+        FAILED_PRECONDITION if they have more memory in use than they may now have.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Telemetry(self, request, context):
         """Streams measurements until the caller cancels.
         """
@@ -450,6 +475,16 @@ def add_GuestServiceServicer_to_server(servicer, server):
                     servicer.FreezePrograms,
                     request_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsRequest.FromString,
                     response_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsResponse.SerializeToString,
+            ),
+            'SetClock': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetClock,
+                    request_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.SetClockRequest.FromString,
+                    response_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.SetClockResponse.SerializeToString,
+            ),
+            'UpdateLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateLimits,
+                    request_deserializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.UpdateLimitsRequest.FromString,
+                    response_serializer=voidbox_dot_guest_dot_v1_dot_guest__pb2.UpdateLimitsResponse.SerializeToString,
             ),
             'Telemetry': grpc.unary_stream_rpc_method_handler(
                     servicer.Telemetry,
@@ -1057,6 +1092,60 @@ class GuestService(object):
             '/voidbox.guest.v1.GuestService/FreezePrograms',
             voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsRequest.SerializeToString,
             voidbox_dot_guest_dot_v1_dot_guest__pb2.FreezeProgramsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetClock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/voidbox.guest.v1.GuestService/SetClock',
+            voidbox_dot_guest_dot_v1_dot_guest__pb2.SetClockRequest.SerializeToString,
+            voidbox_dot_guest_dot_v1_dot_guest__pb2.SetClockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/voidbox.guest.v1.GuestService/UpdateLimits',
+            voidbox_dot_guest_dot_v1_dot_guest__pb2.UpdateLimitsRequest.SerializeToString,
+            voidbox_dot_guest_dot_v1_dot_guest__pb2.UpdateLimitsResponse.FromString,
             options,
             channel_credentials,
             insecure,

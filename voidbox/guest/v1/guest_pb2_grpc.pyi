@@ -171,6 +171,20 @@ class GuestServiceStub:
     hypervisor around the moment that it saves a box. UNAVAILABLE if one does not stop.
     """
 
+    SetClock: grpc.UnaryUnaryMultiCallable[
+        voidbox.guest.v1.guest_pb2.SetClockRequest,
+        voidbox.guest.v1.guest_pb2.SetClockResponse,
+    ]
+    """Sets the wall clock, which stood still while the machine was paused."""
+
+    UpdateLimits: grpc.UnaryUnaryMultiCallable[
+        voidbox.guest.v1.guest_pb2.UpdateLimitsRequest,
+        voidbox.guest.v1.guest_pb2.UpdateLimitsResponse,
+    ]
+    """Changes what all programs together may take.
+    FAILED_PRECONDITION if they have more memory in use than they may now have.
+    """
+
     Telemetry: grpc.UnaryStreamMultiCallable[
         voidbox.guest.v1.guest_pb2.TelemetryRequest,
         voidbox.guest.v1.guest_pb2.TelemetryResponse,
@@ -330,6 +344,20 @@ class GuestServiceAsyncStub:
     ]
     """Stops all programs at one point or lets them go on; returns once they have. Called by the
     hypervisor around the moment that it saves a box. UNAVAILABLE if one does not stop.
+    """
+
+    SetClock: grpc.aio.UnaryUnaryMultiCallable[
+        voidbox.guest.v1.guest_pb2.SetClockRequest,
+        voidbox.guest.v1.guest_pb2.SetClockResponse,
+    ]
+    """Sets the wall clock, which stood still while the machine was paused."""
+
+    UpdateLimits: grpc.aio.UnaryUnaryMultiCallable[
+        voidbox.guest.v1.guest_pb2.UpdateLimitsRequest,
+        voidbox.guest.v1.guest_pb2.UpdateLimitsResponse,
+    ]
+    """Changes what all programs together may take.
+    FAILED_PRECONDITION if they have more memory in use than they may now have.
     """
 
     Telemetry: grpc.aio.UnaryStreamMultiCallable[
@@ -535,6 +563,24 @@ class GuestServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[voidbox.guest.v1.guest_pb2.FreezeProgramsResponse, collections.abc.Awaitable[voidbox.guest.v1.guest_pb2.FreezeProgramsResponse]]:
         """Stops all programs at one point or lets them go on; returns once they have. Called by the
         hypervisor around the moment that it saves a box. UNAVAILABLE if one does not stop.
+        """
+
+    @abc.abstractmethod
+    def SetClock(
+        self,
+        request: voidbox.guest.v1.guest_pb2.SetClockRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[voidbox.guest.v1.guest_pb2.SetClockResponse, collections.abc.Awaitable[voidbox.guest.v1.guest_pb2.SetClockResponse]]:
+        """Sets the wall clock, which stood still while the machine was paused."""
+
+    @abc.abstractmethod
+    def UpdateLimits(
+        self,
+        request: voidbox.guest.v1.guest_pb2.UpdateLimitsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[voidbox.guest.v1.guest_pb2.UpdateLimitsResponse, collections.abc.Awaitable[voidbox.guest.v1.guest_pb2.UpdateLimitsResponse]]:
+        """Changes what all programs together may take.
+        FAILED_PRECONDITION if they have more memory in use than they may now have.
         """
 
     @abc.abstractmethod

@@ -337,6 +337,7 @@ class BoxConfig(google.protobuf.message.Message):
     COLD_BOOT_FIELD_NUMBER: builtins.int
     CONFINEMENT_FIELD_NUMBER: builtins.int
     HOLDS_SECRETS_FIELD_NUMBER: builtins.int
+    AUTO_PAUSE_FIELD_NUMBER: builtins.int
     kernel_path: builtins.str
     """Absolute path of the kernel (vmlinux or bzImage) on the hypervisor's host. With `snapshot`
     this, the initramfs and the disks may be left out; given, they must be the snapshot's.
@@ -395,6 +396,13 @@ class BoxConfig(google.protobuf.message.Message):
     def confinement(self) -> voidbox.common.v1.common_pb2.Confinement:
         """How the programs in it are confined."""
 
+    @property
+    def auto_pause(self) -> google.protobuf.duration_pb2.Duration:
+        """The box is paused when nothing has used it for this long, and goes on upon the next call or
+        connection to it. An open call and a program that computes are use; Telemetry and health checks are
+        not. Empty means never.
+        """
+
     def __init__(
         self,
         *,
@@ -415,9 +423,10 @@ class BoxConfig(google.protobuf.message.Message):
         cold_boot: builtins.bool = ...,
         confinement: voidbox.common.v1.common_pb2.Confinement | None = ...,
         holds_secrets: builtins.bool = ...,
+        auto_pause: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["confinement", b"confinement", "egress", b"egress", "idle_timeout", b"idle_timeout", "max_lifetime", b"max_lifetime", "resources", b"resources", "root_disk", b"root_disk"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "cold_boot", b"cold_boot", "confinement", b"confinement", "disks", b"disks", "egress", b"egress", "env", b"env", "holds_secrets", b"holds_secrets", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["auto_pause", b"auto_pause", "confinement", b"confinement", "egress", b"egress", "idle_timeout", b"idle_timeout", "max_lifetime", b"max_lifetime", "resources", b"resources", "root_disk", b"root_disk"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "auto_pause", b"auto_pause", "cold_boot", b"cold_boot", "confinement", b"confinement", "disks", b"disks", "egress", b"egress", "env", b"env", "holds_secrets", b"holds_secrets", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
 
 global___BoxConfig = BoxConfig
 
@@ -480,6 +489,7 @@ class Box(google.protobuf.message.Message):
     VMM_PID_FIELD_NUMBER: builtins.int
     ORIGIN_FIELD_NUMBER: builtins.int
     PHASES_FIELD_NUMBER: builtins.int
+    AUTO_PAUSED_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Its id: 1 to 63 of [a-z0-9-], starting with a letter."""
     state: global___BoxState.ValueType
@@ -494,6 +504,8 @@ class Box(google.protobuf.message.Message):
     """Process id of QEMU on the host; 0 once it has ended."""
     origin: builtins.str
     """How it was started: "boot", "template", "pool", "snapshot" or "fork"."""
+    auto_paused: builtins.bool
+    """Whether it is paused because nothing used it, so that the next call or connection lets it go on."""
     @property
     def config(self) -> global___BoxConfig:
         """What it was made of."""
@@ -529,9 +541,10 @@ class Box(google.protobuf.message.Message):
         vmm_pid: builtins.int = ...,
         origin: builtins.str = ...,
         phases: collections.abc.Iterable[global___Phase] | None = ...,
+        auto_paused: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config", "create_time", b"create_time", "end_time", b"end_time", "ready_time", b"ready_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "boot_id", b"boot_id", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "id", b"id", "origin", b"origin", "phases", b"phases", "ready_time", b"ready_time", "reason", b"reason", "state", b"state", "vmm_pid", b"vmm_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "auto_paused", b"auto_paused", "boot_id", b"boot_id", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "id", b"id", "origin", b"origin", "phases", b"phases", "ready_time", b"ready_time", "reason", b"reason", "state", b"state", "vmm_pid", b"vmm_pid"]) -> None: ...
 
 global___Box = Box
 
@@ -981,18 +994,63 @@ class UpdateBoxRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     BOX_ID_FIELD_NUMBER: builtins.int
     RESOURCES_FIELD_NUMBER: builtins.int
     EGRESS_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
+    MAX_LIFETIME_FIELD_NUMBER: builtins.int
+    IDLE_TIMEOUT_FIELD_NUMBER: builtins.int
+    AUTO_PAUSE_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     box_id: builtins.str
     """Its id."""
     @property
     def resources(self) -> voidbox.common.v1.common_pb2.Resources:
-        """New limits; fields that are 0 stay as they are."""
+        """New size; fields that are 0 stay as they are. Memory and processors may be at most what the box was
+        made with, and come back when they are raised again; INVALID_ARGUMENT for more, and for the disk.
+        """
 
     @property
     def egress(self) -> voidbox.common.v1.common_pb2.EgressPolicy:
         """New network policy, if set."""
+
+    @property
+    def limits(self) -> voidbox.common.v1.common_pb2.Limits:
+        """New limits of its programs; those that are 0 stay as they are. FAILED_PRECONDITION if the programs
+        have more memory in use than they may now have.
+        """
+
+    @property
+    def max_lifetime(self) -> google.protobuf.duration_pb2.Duration:
+        """New limit of its life, counted from its creation, if set; zero means none."""
+
+    @property
+    def idle_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """New limit of its idleness, if set; zero means none."""
+
+    @property
+    def auto_pause(self) -> google.protobuf.duration_pb2.Duration:
+        """New time after which it is paused when idle, if set; zero means never."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Labels to set; one with an empty value is removed."""
 
     def __init__(
         self,
@@ -1000,9 +1058,14 @@ class UpdateBoxRequest(google.protobuf.message.Message):
         box_id: builtins.str = ...,
         resources: voidbox.common.v1.common_pb2.Resources | None = ...,
         egress: voidbox.common.v1.common_pb2.EgressPolicy | None = ...,
+        limits: voidbox.common.v1.common_pb2.Limits | None = ...,
+        max_lifetime: google.protobuf.duration_pb2.Duration | None = ...,
+        idle_timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        auto_pause: google.protobuf.duration_pb2.Duration | None = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["egress", b"egress", "resources", b"resources"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["box_id", b"box_id", "egress", b"egress", "resources", b"resources"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["auto_pause", b"auto_pause", "egress", b"egress", "idle_timeout", b"idle_timeout", "limits", b"limits", "max_lifetime", b"max_lifetime", "resources", b"resources"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["auto_pause", b"auto_pause", "box_id", b"box_id", "egress", b"egress", "idle_timeout", b"idle_timeout", "labels", b"labels", "limits", b"limits", "max_lifetime", b"max_lifetime", "resources", b"resources"]) -> None: ...
 
 global___UpdateBoxRequest = UpdateBoxRequest
 
@@ -1058,6 +1121,9 @@ class GetBoxStatsResponse(google.protobuf.message.Message):
     DISK_BYTES_FIELD_NUMBER: builtins.int
     VSOCK_SENT_BYTES_FIELD_NUMBER: builtins.int
     VSOCK_RECEIVED_BYTES_FIELD_NUMBER: builtins.int
+    SWAP_BYTES_FIELD_NUMBER: builtins.int
+    DISK_READ_BYTES_FIELD_NUMBER: builtins.int
+    DISK_WRITTEN_BYTES_FIELD_NUMBER: builtins.int
     resident_bytes: builtins.int
     """Resident memory in bytes."""
     proportional_bytes: builtins.int
@@ -1070,6 +1136,12 @@ class GetBoxStatsResponse(google.protobuf.message.Message):
     """Bytes that crossed vsock to the guest."""
     vsock_received_bytes: builtins.int
     """Bytes that crossed vsock from the guest."""
+    swap_bytes: builtins.int
+    """Memory of its processes that is swapped out, in bytes."""
+    disk_read_bytes: builtins.int
+    """Bytes that its processes have read from the host's disks since the start."""
+    disk_written_bytes: builtins.int
+    """Bytes that its processes have written to the host's disks since the start."""
     @property
     def cpu_time(self) -> google.protobuf.duration_pb2.Duration:
         """Processor time used."""
@@ -1084,9 +1156,12 @@ class GetBoxStatsResponse(google.protobuf.message.Message):
         disk_bytes: builtins.int = ...,
         vsock_sent_bytes: builtins.int = ...,
         vsock_received_bytes: builtins.int = ...,
+        swap_bytes: builtins.int = ...,
+        disk_read_bytes: builtins.int = ...,
+        disk_written_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cpu_time", b"cpu_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cpu_time", b"cpu_time", "disk_bytes", b"disk_bytes", "private_bytes", b"private_bytes", "proportional_bytes", b"proportional_bytes", "resident_bytes", b"resident_bytes", "vsock_received_bytes", b"vsock_received_bytes", "vsock_sent_bytes", b"vsock_sent_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cpu_time", b"cpu_time", "disk_bytes", b"disk_bytes", "disk_read_bytes", b"disk_read_bytes", "disk_written_bytes", b"disk_written_bytes", "private_bytes", b"private_bytes", "proportional_bytes", b"proportional_bytes", "resident_bytes", b"resident_bytes", "swap_bytes", b"swap_bytes", "vsock_received_bytes", b"vsock_received_bytes", "vsock_sent_bytes", b"vsock_sent_bytes"]) -> None: ...
 
 global___GetBoxStatsResponse = GetBoxStatsResponse
 

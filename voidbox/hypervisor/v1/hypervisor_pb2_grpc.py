@@ -254,7 +254,8 @@ class HypervisorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateBox(self, request, context):
-        """Changes limits of a running box.
+        """Changes limits of a running box: all that is asked for, or nothing.
+        FAILED_PRECONDITION if it does not run, or uses more than it is to have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

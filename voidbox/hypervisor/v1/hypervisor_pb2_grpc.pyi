@@ -90,7 +90,9 @@ class HypervisorServiceStub:
         voidbox.hypervisor.v1.hypervisor_pb2.UpdateBoxRequest,
         voidbox.hypervisor.v1.hypervisor_pb2.UpdateBoxResponse,
     ]
-    """Changes limits of a running box."""
+    """Changes limits of a running box: all that is asked for, or nothing.
+    FAILED_PRECONDITION if it does not run, or uses more than it is to have.
+    """
 
     GetBoxStats: grpc.UnaryUnaryMultiCallable[
         voidbox.hypervisor.v1.hypervisor_pb2.GetBoxStatsRequest,
@@ -268,7 +270,9 @@ class HypervisorServiceAsyncStub:
         voidbox.hypervisor.v1.hypervisor_pb2.UpdateBoxRequest,
         voidbox.hypervisor.v1.hypervisor_pb2.UpdateBoxResponse,
     ]
-    """Changes limits of a running box."""
+    """Changes limits of a running box: all that is asked for, or nothing.
+    FAILED_PRECONDITION if it does not run, or uses more than it is to have.
+    """
 
     GetBoxStats: grpc.aio.UnaryUnaryMultiCallable[
         voidbox.hypervisor.v1.hypervisor_pb2.GetBoxStatsRequest,
@@ -468,7 +472,9 @@ class HypervisorServiceServicer(metaclass=abc.ABCMeta):
         request: voidbox.hypervisor.v1.hypervisor_pb2.UpdateBoxRequest,
         context: _ServicerContext,
     ) -> typing.Union[voidbox.hypervisor.v1.hypervisor_pb2.UpdateBoxResponse, collections.abc.Awaitable[voidbox.hypervisor.v1.hypervisor_pb2.UpdateBoxResponse]]:
-        """Changes limits of a running box."""
+        """Changes limits of a running box: all that is asked for, or nothing.
+        FAILED_PRECONDITION if it does not run, or uses more than it is to have.
+        """
 
     @abc.abstractmethod
     def GetBoxStats(
