@@ -165,7 +165,12 @@ def _request(reader: Reader, event: h11.Request) -> tuple[Request, asyncio.Event
 
 async def _incoming(reader: Reader, trailers: Headers, done: asyncio.Event | None) -> AsyncIterator[bytes]:
     while True:
-        event = await reader.event()
+        try:
+            event = await reader.event()
+        except h11.RemoteProtocolError as error:
+            if done is not None:
+                raise
+            raise StreamError(f"the server's answer broke off: {error}") from error
         if isinstance(event, h11.Data):
             yield bytes(event.data)
         elif isinstance(event, h11.EndOfMessage):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final
@@ -34,6 +35,8 @@ from services.hypervisor.egress.message import (
     without,
 )
 from services.hypervisor.egress.stream import Stream, StreamError
+
+log = logging.getLogger(__name__)
 
 STREAM_WINDOW: Final = 256 << 10
 CONNECTION_WINDOW: Final = 8 << 20
@@ -266,6 +269,9 @@ class Http2Server(_Session):
             if not channel.ended:
                 await self._abort(number, h2.errors.ErrorCodes.NO_ERROR)
         except (StreamError, h2.exceptions.ProtocolError):
+            await self._abort(number, h2.errors.ErrorCodes.INTERNAL_ERROR)
+        except Exception:
+            log.exception("a request was not answered")
             await self._abort(number, h2.errors.ErrorCodes.INTERNAL_ERROR)
         finally:
             if response is not None:
