@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,6 +33,8 @@ RAM = "ram"
 RAM_NAME = "voidbox-ram"
 DEVICES = "devices"
 _VERSION = 1
+log = logging.getLogger(__name__)
+
 _DISK_NAME = re.compile(r"[a-z0-9]{1,20}\.qcow2")
 _READ = 1 << 20
 _MIB = 1 << 20
@@ -124,13 +127,16 @@ def data_parts(fd: int) -> Iterator[tuple[int, int]]:
         at = stop
 
 
-def write(saved: Saved, directory: Path, disks: Sequence[Path] = ()) -> None:
+def write(saved: Saved, directory: Path, disks: Sequence[Path] = (), bases: Sequence[Path] = ()) -> None:
     """Write a sealed machine to a new directory, durably. Blocks: a second for 200 MiB.
 
     Args:
         saved: The machine.
         directory: Where it goes; it appears whole or not at all.
         disks: Files that belong to it and are kept under their own names.
+        bases: Read-only images below them, which stay where they are. Each is held by a second name: that
+            tells the image cache that somebody needs it. Where no link is possible (another file system)
+            it is not held.
 
     Raises:
         Exhausted: the disk is full; nothing is left.
@@ -146,6 +152,8 @@ def write(saved: Saved, directory: Path, disks: Sequence[Path] = ()) -> None:
         for disk in disks:
             with disk.open("rb") as source, _create(partial / disk.name) as out:
                 digests[disk.name] = _copy(source, out)
+        for number, base in enumerate(bases):
+            _hold(base, partial / f"base-{number}")
         content = {
             "disks": digests,
             "facts": saved.facts,
@@ -164,6 +172,13 @@ def write(saved: Saved, directory: Path, disks: Sequence[Path] = ()) -> None:
     except BaseException:
         _remove(partial)
         raise
+
+
+def _hold(base: Path, name: Path) -> None:
+    try:
+        os.link(base, name)
+    except OSError as error:
+        log.warning("%s is not held: %s; without it the saved machine cannot start", base, error.strerror)
 
 
 def _write_ram(memory_fd: int, path: Path) -> tuple[list[list[int]], str]:
@@ -352,11 +367,12 @@ def checked_name(name: str) -> str:
 
 
 def disk_bytes(directory: Path) -> int:
-    """What a saved machine takes of the disk."""
+    """What a saved machine takes of the disk, without the images that it only holds."""
     total = 0
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(directory):
-            total += entry.stat(follow_symlinks=False).st_blocks * 512
+            info = entry.stat(follow_symlinks=False)
+            total += info.st_blocks * 512 if info.st_nlink == 1 else 0
     return total
 
 

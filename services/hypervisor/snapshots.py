@@ -105,7 +105,7 @@ class Snapshots:
             Exhausted: the disk is full, or it is larger than all may be together.
         """
         path = self._path(name)
-        await asyncio.to_thread(saved.write, machine, path, disks)
+        await asyncio.to_thread(saved.write, machine, path, disks, _bases(config_of(machine.facts)))
         try:
             await asyncio.to_thread(self._make_room, name)
             return await self.get(name)
@@ -264,6 +264,15 @@ def _same(name: str, what: str, wanted: object, found: object) -> None:
             reason="SNAPSHOT_DIFFERS",
             snapshot=name,
         )
+
+
+def _bases(config: BoxConfig) -> list[Path]:
+    """The images below a box's disks."""
+    return [
+        Path(disk.base_path)
+        for disk in (config.root_disk, *config.disks)
+        if disk is not None and disk.base_path
+    ]
 
 
 def config_of(facts: dict[str, Any]) -> BoxConfig:

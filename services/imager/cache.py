@@ -246,12 +246,18 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a QEMU has the disk open: it locks bytes of its images (block/file-posix.c)."""
+    """Whether somebody needs the disk.
+
+    A QEMU that has it open locks bytes of its images (block/file-posix.c); a snapshot of a box, whose
+    disks lie above it, holds it by a second name.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
+        if os.fstat(handle).st_nlink > 1:
+            return True
         query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         answer = fcntl.fcntl(handle, fcntl.F_OFD_GETLK, query)
         return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)

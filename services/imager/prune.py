@@ -1,4 +1,4 @@
-"""Removes cached content that is no longer wanted; never the disk of a running box."""
+"""Removes cached content that is no longer wanted; never the disk of a running box or of a snapshot."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Housekeeper:
 
         Raises:
             NotFound: it is not in the cache.
-            WrongState: a running box uses its disk, or it is the default guest image.
+            WrongState: a running box or a snapshot uses its disk, or it is the default guest image.
         """
         cancel = cancel or Cancel()
         with self._cache.lock(COLLECT_LOCK, cancel):
@@ -50,7 +50,8 @@ class Housekeeper:
             busy = next((path for path in disks if in_use(path)), None)
             if busy is not None:
                 raise WrongState(
-                    f"{reference} is the disk of a running box; stop it first: voidbox ps",
+                    f"{reference} is the disk of a running box or of a snapshot; stop or remove it first: "
+                    "voidbox ps, voidbox snapshot ls",
                     reason="IMAGE_IN_USE",
                     path=busy,
                 )
@@ -67,7 +68,7 @@ class Housekeeper:
     ) -> tuple[list[str], int]:
         """Remove images that nobody used for long, or the least recently used until the rest is small enough.
 
-        Without a limit nothing but unreferenced content goes. Images of running boxes stay.
+        Without a limit nothing but unreferenced content goes. Images of running boxes and snapshots stay.
 
         Returns:
             The references removed and the bytes freed.

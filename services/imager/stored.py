@@ -108,7 +108,8 @@ def remove_stored(cache: ImageCache, home: Path, digest: str, cancel: Cancel) ->
             _remove_guest(item, home, cancel)
         elif in_use(item.path):
             raise WrongState(
-                f"{digest} is a disk of a running box; stop it first: voidbox ps",
+                f"{digest} is a disk of a running box or of a snapshot; stop or remove it first: voidbox ps, "
+                "voidbox snapshot ls",
                 reason="IMAGE_IN_USE",
                 path=item.path,
             )

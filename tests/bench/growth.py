@@ -76,7 +76,7 @@ def _made(name: str, members: Iterator[tuple[tarfile.TarInfo, BinaryIO | None]])
     if not layout.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=KEPT) as scratch:
-            write_layout(Path(scratch) / "layout", members, level=1)
+            write_layout(Path(scratch) / "layout", [members], level=1)
             (Path(scratch) / "layout").rename(layout)
     return open_layout(name, layout)
 

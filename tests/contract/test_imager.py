@@ -225,6 +225,22 @@ async def test_images_are_listed_in_pages(imager: Imager, tmp_path: Path) -> Non
             await imager.one(imager.stub.ListImages(pb.ListImagesRequest(**bad)))
 
 
+async def test_a_disk_that_a_snapshot_holds_is_not_removed(imager: Imager, tmp_path: Path) -> None:
+    messages = await imager.all(imager.stub.BuildDisk(pb.BuildDiskRequest(reference=imager.reference)))
+    path = Path(messages[-1].disk.path)
+    (tmp_path / "snapshot").hardlink_to(path)
+    with pytest.raises(WrongState, match="snapshot"):
+        await imager.one(imager.stub.DeleteImage(pb.DeleteImageRequest(reference=imager.reference)))
+    assert (
+        list((await imager.one(imager.stub.PruneImages(pb.PruneImagesRequest(max_size_bytes=1)))).references)
+        == []
+    )
+    assert path.exists()
+    (tmp_path / "snapshot").unlink()
+    await imager.one(imager.stub.DeleteImage(pb.DeleteImageRequest(reference=imager.reference)))
+    assert not path.exists()
+
+
 async def test_prune_removes_what_is_old_or_too_much_and_keeps_shared_layers(
     imager: Imager, tmp_path: Path
 ) -> None:

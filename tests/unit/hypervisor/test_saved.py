@@ -50,6 +50,18 @@ def test_a_machine_on_disk_is_read_back_whole(machine: Saved, tmp_path: Path) ->
     back.close()
 
 
+def test_the_images_below_its_disks_are_held_until_it_is_removed(machine: Saved, tmp_path: Path) -> None:
+    base = tmp_path / "cache.ext4"
+    base.write_bytes(bytes(1 << 20))
+    saved.write(machine, tmp_path / "without")
+    saved.write(machine, tmp_path / "m", bases=[base, tmp_path / "absent"])
+    assert base.stat().st_nlink == 2
+    assert saved.disk_bytes(tmp_path / "m") <= saved.disk_bytes(tmp_path / "without") + 4096
+    saved.read(tmp_path / "m").close()
+    shutil.rmtree(tmp_path / "m")
+    assert base.stat().st_nlink == 1
+
+
 @given(st.dictionaries(st.integers(0, 511), st.binary(min_size=1, max_size=PAGE), max_size=8))
 def test_any_pages_survive_the_way_to_disk_and_back(
     tmp_path_factory: pytest.TempPathFactory, pages: dict[int, bytes]
