@@ -12,7 +12,7 @@ NODE := tests/e2e/node
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
 # A package may be followed by :program; having that program is enough.
-RUN_PACKAGES := python3-venv ca-certificates qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img
+RUN_PACKAGES := python3-venv ca-certificates qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img nftables:nft
 COMPOSE_PACKAGES := docker.io:dockerd docker-compose debootstrap
 TEST_PACKAGES := $(RUN_PACKAGES) cpio e2fsprogs git lz4 zstd docker-registry umoci skopeo buildah openssl busybox-static:busybox nodejs:node npm:npm
 

@@ -211,7 +211,7 @@ def _give(root: Root, path: str, identity: Identity) -> None:
 
 
 def _write_machine_id(identity: Identity, root: Root) -> None:
-    _replace(root, "/etc/machine-id", identity.machine_id.hex() + "\n", 0o444)
+    replace_file(root, "/etc/machine-id", identity.machine_id.hex() + "\n", 0o444)
 
 
 def _make_user(identity: Identity, root: Root) -> None:
@@ -220,21 +220,22 @@ def _make_user(identity: Identity, root: Root) -> None:
     passwd = root.read_text("/etc/passwd")
     changed = with_sandbox(passwd, identity.uid, identity.gid)
     if changed != passwd:
-        _replace(root, "/etc/passwd", changed, 0o644)
+        replace_file(root, "/etc/passwd", changed, 0o644)
     group = root.read_text("/etc/group")
     changed = with_sandbox_group(group, identity.gid)
     if changed != group:
-        _replace(root, "/etc/group", changed, 0o644)
+        replace_file(root, "/etc/group", changed, 0o644)
 
 
 def _write_hosts(identity: Identity, root: Root) -> None:
     """Give `localhost` and the host name an address, unless the image has its own file."""
     hosts = root.read_text("/etc/hosts")
     if identity.hostname and (not hosts.strip() or _OUR_HOSTS.fullmatch(hosts)):
-        _replace(root, "/etc/hosts", f"127.0.0.1\tlocalhost {identity.hostname}\n::1\tlocalhost\n", 0o644)
+        replace_file(root, "/etc/hosts", f"127.0.0.1\tlocalhost {identity.hostname}\n::1\tlocalhost\n", 0o644)
 
 
-def _replace(root: Root, path: str, text: str, mode: int) -> None:
+def replace_file(root: Root, path: str, text: str, mode: int) -> None:
+    """Put a small file in place of another one, whole."""
     parent, name = root.open_parent(path)
     temporary = f".{name}.voidbox"
     try:

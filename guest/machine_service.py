@@ -9,9 +9,9 @@ import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from guest import identity, log
+from guest import boot, identity, log
 from guest.control import SpawnFailed
-from guest.errors import AgentError, Code, invalid, not_implemented, wrong_state
+from guest.errors import AgentError, Code, invalid, wrong_state
 from guest.guest_state import VERSION, Guest
 from guest.identity import Identity
 from guest.limits import Confinement, unlimited
@@ -202,9 +202,23 @@ class MachineCalls:
             await asyncio.sleep(interval - passed % interval)
 
     @call()
-    async def ConfigureNetwork(self, _request: pb.ConfigureNetworkRequest, _context: Any) -> None:
-        """Not in this version."""
-        raise not_implemented("ConfigureNetwork")
+    async def ConfigureNetwork(
+        self, request: pb.ConfigureNetworkRequest, _context: Any
+    ) -> pb.ConfigureNetworkResponse:
+        """Set the network device up."""
+        from guest.network import Wanted, configure
+
+        boot.load_lazy(self.guest.settings, "net")
+        wanted = Wanted(
+            request.mac_address,
+            request.address,
+            request.gateway,
+            tuple(request.name_servers),
+            request.address6,
+            request.gateway6,
+        )
+        await asyncio.to_thread(configure, wanted, self.guest.root)
+        return pb.ConfigureNetworkResponse()
 
     @call()
     async def Shutdown(self, request: pb.ShutdownRequest, _context: Any) -> pb.ShutdownResponse:

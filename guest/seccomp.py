@@ -147,7 +147,8 @@ def _sockets() -> _Code:
         (_JUMP_EQUAL, 1, 0, _STREAM),
         (_JUMP_EQUAL, 0, 1, _DGRAM),
         allow,
-        refuse,
+        # As a user without the right to it hears it: programs such as ping then use a datagram socket.
+        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
     ]
 
 

@@ -21,6 +21,7 @@ from services.common.server import serve, until_signalled
 from services.common.supervision import supervised
 from services.hypervisor.admission import Host
 from services.hypervisor.config import Config
+from services.hypervisor.egress.settings import gateway_settings
 from services.hypervisor.identities import Identities
 from services.hypervisor.launcher import DriverFactory
 from services.hypervisor.layout import Layout
@@ -76,6 +77,7 @@ async def running(
             snapshots_mib=config.snapshots_mib,
             changes_mib=config.changes_mib,
             kept_changes_mib=config.kept_changes_mib,
+            gateway=gateway_settings(config),
             driver=driver,
         ) as registry:
             servicer = HypervisorServicer(registry, prober)

@@ -19,6 +19,7 @@ from services.hypervisor.driver import Driver, Machine
 from services.hypervisor.failure import Remains
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import Accelerator, BoxRecord, Transport
+from services.hypervisor.network import BoxNetwork
 from services.hypervisor.saved import Saved
 from services.hypervisor.states import BoxState, move
 
@@ -49,6 +50,7 @@ class Box:
         self._on_change = on_change
         self.machine: Machine | None = None
         self.agent: Guest | None = None
+        self.network = BoxNetwork(initial.id, directory)
         self._asked = ""
         self.operation = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -170,6 +172,7 @@ class Box:
 
     async def _finish(self) -> None:
         self._stop_clocks()
+        await self.network.end()
         self.ended.set()
         await self.let_go(cancel=False)
 
@@ -187,6 +190,8 @@ class Box:
             guest, self.agent = self.agent, None
             # Calls that the end has cut off get time to end by themselves, so that they say why.
             await guest.channel.close(None if cancel else END_NOTICE_SECONDS)
+        if cancel:
+            await self.network.close()
         if self.machine is not None and (cancel or self.machine.ended.is_set()):
             machine, self.machine = self.machine, None
             await machine.close()
@@ -392,6 +397,8 @@ class Box:
                 await self.unless_ended(machine.capture(into, layers, stand_still))
             finally:
                 if began:
+                    if self.record.config.egress:
+                        await self.unless_ended(guest.configure_network())
                     await self.unless_ended(guest.freeze(False))
                 self.update(capturing=False)
             into.facts |= {"secret": guest.metadata[0][1].hex(), "frozen": True}
@@ -399,7 +406,9 @@ class Box:
 
     def usage(self) -> stats.Usage:
         """What its processes take of the host."""
-        return stats.of(self.machine.pids) if self.machine is not None else stats.Usage()
+        return (
+            stats.of((*self.machine.pids, *self.network.pids)) if self.machine is not None else stats.Usage()
+        )
 
     def vsock_bytes(self) -> tuple[int, int]:
         """Bytes sent to and received from the guest over vsock."""
@@ -462,4 +471,5 @@ class Box:
             self._on_change(self.record)
         if self.machine is not None:
             await self.machine.kill(gently=False)
+        await self.network.end()
         await self.let_go()

@@ -126,6 +126,8 @@ async def start(
         box.machine = machine = await driver.start(plan, box.spawned)
         box.agent = guest = Guest(machine.guest_channel(), identity.secret)
     box.update(vmm_pid=machine.vmm_pid, phases=phases.done)
+    # Its interpreter starts while the guest is claimed.
+    box.network.start(plan, machine)
     try:
         claimed = await box.unless_ended(guest.claim(identity, max(0.1, deadline - time.monotonic()), former))
     except TimedOut as error:
@@ -139,6 +141,8 @@ async def start(
         await box.unless_ended(guest.mount(attachment))
     if attachments:
         phases.add("mount")
+    if await box.unless_ended(box.network.connect(plan, machine, guest)):
+        phases.add("network")
     if plan.frozen:
         # Only now: no program goes on before it is on a machine with an identity of its own.
         await box.unless_ended(guest.freeze(False))
@@ -165,6 +169,10 @@ async def adopt(box: Box, driver: Driver) -> None:
         await machine.recover()
         await box.unless_ended(guest.freeze(False))
         box.update(capturing=False)
+        if box.record.config.egress:
+            await box.unless_ended(guest.configure_network())
+    if box.record.config.egress:
+        box.network.adopt()
     paused = await machine.paused()
     if not paused:
         boot_id = await box.unless_ended(guest.boot_id(ADOPT_SECONDS))

@@ -8,7 +8,7 @@ from services.hypervisor.probe import Prober, ProbeResult
 from services.hypervisor.registry import Registry
 from voidbox.hypervisor.v1 import hypervisor_pb2
 
-MISSING_FEATURES = ("network", "update")
+MISSING_FEATURES = ("update",)
 
 
 async def describe_host(

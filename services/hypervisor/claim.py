@@ -18,6 +18,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from services.common.address import Address
 from services.common.channel import open_channel
 from services.common.errors import Internal, TimedOut, from_rpc_error
+from services.hypervisor.egress import link
 from services.hypervisor.model import Confinement, MountMode
 from voidbox.common.v1 import common_pb2
 from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
@@ -39,6 +40,8 @@ FREEZE_SECONDS = 40.0
 CLOCK_SECONDS = 10.0
 # Memory in use is reclaimed first, which may write much to the box's disk.
 LIMITS_SECONDS = 60.0
+# Longer than the guest waits for the device.
+NETWORK_SECONDS = 40.0
 
 # The socket stands before the guest runs, so a connection is accepted and then waits for the
 # guest's driver; it is refused while the driver is up and the agent not yet, then tried again.
@@ -224,6 +227,27 @@ class Guest:
         )
         try:
             await self.stub.Mount(request, timeout=MOUNT_SECONDS, metadata=self.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def configure_network(self) -> None:
+        """Have the guest set up the network device that it has, or is about to be given.
+
+        Raises:
+            VoidboxError: as the guest says.
+        """
+        request = guest_pb2.ConfigureNetworkRequest(
+            mac_address=link.GUEST_MAC,
+            address=str(link.GUEST),
+            gateway=str(link.GATEWAY.ip),
+            name_servers=[str(link.NAME_SERVER)],
+            address6=str(link.GUEST6),
+            gateway6=str(link.GATEWAY6.ip),
+        )
+        try:
+            await self.stub.ConfigureNetwork(
+                request, timeout=NETWORK_SECONDS, wait_for_ready=True, metadata=self.metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 

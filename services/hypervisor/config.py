@@ -52,6 +52,23 @@ class Config:
         1.0,
         "memory promised to boxes may reach this multiple of the host's; guests take only what they touch",
     )
+    tun_device: str = setting("/dev/net/tun", "device that boxes' networks are made with")
+    resolv_conf: str = setting("/etc/resolv.conf", "resolv.conf by which names are resolved for boxes")
+    hosts_file: str = setting("/etc/hosts", "hosts file by which names are resolved for boxes")
+    name_servers: str = setting(
+        "",
+        "name servers for boxes instead of those in resolv_conf: ADDRESS[:PORT], with commas between",
+    )
+    proxy: str = setting(
+        "",
+        "proxy that boxes' connections go by: http://[USER:PASSWORD@]HOST:PORT or socks5://…",
+        env=("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"),
+    )
+    no_proxy: str = setting(
+        "",
+        "what goes directly in spite of it: names with all below, addresses, prefixes, with commas between",
+        env=("NO_PROXY", "no_proxy"),
+    )
     log_level: str = setting(
         "info", "least severe record to log: debug, info, warning or error", env=("VOIDBOX_LOG_LEVEL",)
     )

@@ -12,6 +12,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 
 from services.common.errors import InvalidInput
 from services.hypervisor import volumes
+from services.hypervisor.convert_egress import egress, read_egress
 from services.hypervisor.inputs import DIGEST
 from services.hypervisor.model import (
     Accelerator,
@@ -95,8 +96,6 @@ def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
         InvalidInput: a value that cannot be; the message names the field.
         NotBuilt: a feature of a later version.
     """
-    if message.egress.enabled or message.egress.allow or message.egress.host_ports:
-        raise unsupported("network access (egress)")
     if message.accelerator not in _ACCELERATORS:
         raise InvalidInput(
             f"accelerator {_name(hypervisor_pb2.Accelerator, message.accelerator)} cannot be had here; "
@@ -136,6 +135,7 @@ def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
         confinement=_read_confinement(message.confinement),
         holds_secrets=message.holds_secrets,
         snapshot=message.snapshot,
+        egress=read_egress(message.egress),
     )
 
 
@@ -307,6 +307,7 @@ def _config(config: BoxConfig) -> hypervisor_pb2.BoxConfig:
         confinement=None if config.confinement == Confinement() else confinement(config.confinement),
         holds_secrets=config.holds_secrets,
         snapshot=config.snapshot,
+        egress=egress(config.egress) if config.egress else None,
     )
     if config.max_lifetime:
         message.max_lifetime.CopyFrom(duration(config.max_lifetime))

@@ -11,6 +11,7 @@ from typing import Protocol
 import grpc
 
 from services.common.errors import Unavailable
+from services.hypervisor.egress.settings import GatewaySettings
 from services.hypervisor.failure import Remains
 from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, BoxConfig, BoxRecord, Transport
@@ -28,7 +29,7 @@ class MachinePlan:
     With `saved` the machine is restored from it instead of booted, the first `restored_disks` of its
     disks being those that the saved machine had; with `into` it boots so that it can be saved there.
     One that is started `ahead` waits for `Machine.complete` before it is restored.
-    `note` hears the name of each phase that has ended.
+    `note` hears the name of each phase that has ended. `gateway` is there if the box has a network.
     """
 
     box_id: str
@@ -49,6 +50,12 @@ class MachinePlan:
     restored_disks: int = 0
     ahead: bool = False
     note: Callable[[str], None] = lambda _phase: None
+    gateway: GatewaySettings | None = None
+
+    @property
+    def nic_port(self) -> int:
+        """The port that is free for a restored machine's network device."""
+        return int(self.saved.facts.get("nic_port", 0)) if self.saved is not None else 0
 
     @property
     def files(self) -> tuple[int, ...]:
@@ -116,6 +123,10 @@ class Machine(Protocol):
         Raises:
             VoidboxError: it is not what was expected.
         """
+        ...
+
+    async def plug_nic(self, tap: int, port: int = 0) -> None:
+        """Give the running machine a network device on the tap with descriptor `tap`, in its port `port`."""
         ...
 
     async def capture(self, into: Saved, layers: Path, before: Callable[[], Awaitable[None]]) -> None:

@@ -12,6 +12,7 @@ from typing import IO
 from services.common.process import clean_env
 from services.hypervisor import console, layout, saved
 from services.hypervisor.argv import (
+    SAVED_NIC_PORTS,
     SAVED_PORTS,
     VHOST_SOCKET,
     DiskDevice,
@@ -124,6 +125,7 @@ def endpoints(
         memory_fd=memory_fd,
         incoming=plan.saved is not None,
         ports=1 if memory_fd is None else SAVED_PORTS,
+        nic_ports=int(bool(plan.config.egress)) if memory_fd is None else SAVED_NIC_PORTS,
     )
     drop = os.geteuid() == 0
     config = ShimConfig(

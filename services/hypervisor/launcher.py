@@ -21,6 +21,7 @@ from services.hypervisor.box import Box
 from services.hypervisor.changes import ChangeStore
 from services.hypervisor.claim import Identity
 from services.hypervisor.driver import Driver, MachinePlan, NotRestored
+from services.hypervisor.egress.settings import GatewaySettings
 from services.hypervisor.identities import Identities
 from services.hypervisor.layout import Layout
 from services.hypervisor.model import Accelerator, BoxConfig, BoxRecord, Transport
@@ -70,6 +71,7 @@ class Launcher:
         templates: bool,
         snapshots_mib: int,
         changes: ChangeStore,
+        gateway: GatewaySettings,
         free_cid: Callable[[], int],
         check_room: CheckRoom,
         quiet: Callable[[], Awaitable[None]],
@@ -80,6 +82,7 @@ class Launcher:
         self._driver = driver
         self._starts = starts
         self._by_template = templates
+        self._gateway = gateway
         self._free_cid = free_cid
         self._check_room = check_room
         self.machines: dict[str, Box] = {}
@@ -226,6 +229,7 @@ class Launcher:
                 layered=layered,
                 saved=machine,
                 note=phases.add,
+                gateway=self._gateway,
             )
             phases.add("prepare")
             identity = _identity(box.id, box.record.config, user)

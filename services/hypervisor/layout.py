@@ -4,7 +4,7 @@
 <state>/hypervisor/probes.json   what probes found on this boot of the host
 <state>/hypervisor/boxes/<id>/   one box: everything of it, so removing it removes all
     state.json  secret  exit.json  device.json  vsock.stats  console.log  vmm.log  *.qcow2
-    guest.sock  qmp.sock
+    guest.sock  qmp.sock  nic.json  gateway.json  gateway.log  egress.jsonl
 <state>/hypervisor/machines/<name>/   the same for machines that are no boxes: they end with the service
 <state>/hypervisor/volumes/<name>/    a volume (services.hypervisor.volumes)
 <state>/hypervisor/changes/<box id>/  what a box has changed in overlays (services.hypervisor.changes)
@@ -32,6 +32,10 @@ STATS_FILE = "vsock.stats"
 DEVICE_FILE = "device.json"
 CONSOLE_FILE = "console.log"
 LOG_FILE = "vmm.log"
+NIC_FILE = "nic.json"
+GATEWAY_FILE = "gateway.json"
+GATEWAY_LOG_FILE = "gateway.log"
+EGRESS_FILE = "egress.jsonl"
 SECRET_FILE = "secret"  # noqa: S105 - a file's name
 DEVICE_DIRECTORY = "device"
 _TRASH = ".trash-"
@@ -119,7 +123,8 @@ class Layout:
     @staticmethod
     def clear_machine(directory: Path) -> None:
         """Remove what a machine has left in a box's directory, so that another can start there."""
-        for name in (GUEST_SOCKET, QMP_SOCKET, EXIT_FILE, STATS_FILE, DEVICE_FILE, CONSOLE_FILE, LOG_FILE):
+        names = (GUEST_SOCKET, QMP_SOCKET, EXIT_FILE, STATS_FILE, DEVICE_FILE, CONSOLE_FILE, LOG_FILE)
+        for name in (*names, NIC_FILE, GATEWAY_FILE, GATEWAY_LOG_FILE, EGRESS_FILE):
             (directory / name).unlink(missing_ok=True)
         shutil.rmtree(directory / DEVICE_DIRECTORY, ignore_errors=True)
 

@@ -100,7 +100,10 @@ class Confinement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxConfig:
-    """What a box is made of. Times are in seconds; 0 means no limit."""
+    """What a box is made of. Times are in seconds; 0 means no limit.
+
+    `egress` is a policy as `services.common.egress.plain` writes it; empty: the box has no network device.
+    """
 
     kernel_path: str
     initramfs_path: str
@@ -119,6 +122,7 @@ class BoxConfig:
     cold_boot: bool = False
     holds_secrets: bool = False
     snapshot: str = ""
+    egress: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

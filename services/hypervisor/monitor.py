@@ -126,6 +126,12 @@ class Monitor:
     async def unplug_vsock(self, port: int, transport: Transport) -> None:
         """Take the vsock device out of its port; returns once the guest has let go of it."""
         name = f"vsock{port}"
+        await self.unplug(name, "let go of its vsock device")
+        if transport is Transport.VHOST_USER:
+            await self.execute("chardev-remove", {"id": name})
+
+    async def unplug(self, name: str, what: str) -> None:
+        """Take the device `name` out; returns once the guest has let go of it."""
         with self._expect(_deleted(name)) as deleted:
             try:
                 await self.execute("device_del", {"id": name})
@@ -133,9 +139,7 @@ class Monitor:
                 # Somebody else has asked for that before, and its end was not waited for.
                 if "unplug" not in error.description:
                     raise
-            await self._event(deleted, "let go of its vsock device", UNPLUG_SECONDS)
-        if transport is Transport.VHOST_USER:
-            await self.execute("chardev-remove", {"id": name})
+            await self._event(deleted, what, UNPLUG_SECONDS)
 
     async def detach_vsock(self, port: int) -> None:
         """Take the vsock device out of a machine that ends soon; returns once neither guest nor QEMU has it.

@@ -16,6 +16,7 @@ from services.hypervisor import disks, inputs
 from services.hypervisor.changes import ChangeStore, overlays
 from services.hypervisor.claim import Attachment
 from services.hypervisor.driver import MachinePlan
+from services.hypervisor.egress.settings import GatewaySettings
 from services.hypervisor.identities import Identities
 from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, BoxConfig, Disk, MountMode, Transport
@@ -141,6 +142,7 @@ async def prepare(
     layered: bool = False,
     saved: Saved | None = None,
     note: Callable[[str], None] = lambda _phase: None,
+    gateway: GatewaySettings | None = None,
 ) -> tuple[MachinePlan, tuple[int, int] | None]:
     """Open all that the box is made of and make its private disk layers in `directory`.
 
@@ -154,6 +156,7 @@ async def prepare(
             machine has its disks.
         saved: What it is restored from.
         note: Hears of the phases of the machine's start.
+        gateway: How gateways are set up on this host.
 
     Returns:
         The plan, and who the guest's programs run as (None: the agent's default).
@@ -214,6 +217,7 @@ async def prepare(
         saved=saved,
         restored_disks=len(disk_fds) if layered else 0,
         note=note,
+        gateway=(gateway or GatewaySettings()) if config.egress else None,
     )
     return plan, (identity.uid, identity.gid) if same_user and identity.uid != 0 else None
 

@@ -34,6 +34,7 @@ from services.hypervisor.endpoints import disk_devices, endpoints, new_file, sha
 from services.hypervisor.failure import Remains
 from services.hypervisor.model import BoxRecord
 from services.hypervisor.monitor import Monitor
+from services.hypervisor.nic_plug import NicPlug
 from services.hypervisor.pidfd import Process
 from services.hypervisor.programs import Programs
 from services.hypervisor.saved import Saved
@@ -89,6 +90,7 @@ class QemuMachine:
         self._plug = VsockPlug(directory, self._monitor)
         # Of one that is still to be restored: its state's descriptor in QEMU, and the device to plug in then.
         self._unloaded: tuple[int, VsockDevice] | None = None
+        self._nic = NicPlug(directory, self._monitor)
         self._shutdown = ""
         self._watcher: asyncio.Task[None] | None = None
         self._directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -164,6 +166,7 @@ class QemuMachine:
         self._watch(found.shim_pid, found.shim_start)
         self.vmm_pid = found.vmm_pid
         self._plug.read()
+        self._nic.read()
         connection = socket.socket(socket.AF_UNIX)
         connection.setblocking(False)
         try:
@@ -223,7 +226,7 @@ class QemuMachine:
     def moved(self, directory: Path) -> None:
         """See `Machine.moved`."""
         self._directory = directory
-        self._plug.directory = directory
+        self._plug.directory = self._nic.directory = directory
 
     async def complete(self, plan: MachinePlan) -> None:
         """See `Machine.complete`."""
@@ -235,12 +238,17 @@ class QemuMachine:
         await self._monitor.execute("cont")
         plan.note("plug")
 
+    async def plug_nic(self, tap: int, port: int = 0) -> None:
+        """See `Machine.plug_nic`."""
+        await self._nic.put_in(tap, port)
+
     async def capture(self, into: Saved, layers: Path, before: Callable[[], Awaitable[None]]) -> None:
         """See `Machine.capture`."""
         port = self._plug.known().port
         with await asyncio.to_thread(capture.opened, self.vmm_pid) as memory:
             await asyncio.to_thread(memory.copy_origin, into.memory_fd)
             await before()
+            await self._nic.take_out()
             await self._plug.take_out()
             try:
                 await self._monitor.execute("stop")
@@ -248,8 +256,10 @@ class QemuMachine:
                 await asyncio.to_thread(memory.copy_own, into.memory_fd)
                 await asyncio.to_thread(disks.clone_all, self._directory, layers)
                 into.facts["vsock_port"] = 1 - port
+                into.facts["nic_port"] = 0 if self._nic.port is None else 1 - self._nic.port
             finally:
                 await self._plug.put_back()
+                await self._nic.put_back()
                 await self._monitor.execute("cont")
 
     async def recover(self) -> None:
@@ -257,6 +267,7 @@ class QemuMachine:
         self._plug.known()
         await self._monitor.execute("cont")
         await self._plug.renew()
+        await self._nic.renew()
 
     async def save(self, into: Saved) -> None:
         """See `Machine.save`."""

@@ -29,6 +29,7 @@ from services.hypervisor.admission import Host
 from services.hypervisor.box import DEFAULT_STOP_GRACE, Box
 from services.hypervisor.change_meter import ChangeMeter
 from services.hypervisor.changes import ChangeStore, overlays
+from services.hypervisor.egress.settings import GatewaySettings
 from services.hypervisor.identities import Identities
 from services.hypervisor.launcher import DriverFactory, Launcher, Source
 from services.hypervisor.layout import Layout
@@ -78,6 +79,7 @@ class Registry:
         snapshots_mib: int = 16384,
         changes_mib: int = 10240,
         kept_changes_mib: int = 20480,
+        gateway: GatewaySettings | None = None,
         driver: DriverFactory = QemuDriver,
     ) -> None:
         self._layout = layout
@@ -100,6 +102,7 @@ class Registry:
             templates=templates,
             snapshots_mib=snapshots_mib,
             changes=ChangeStore(layout.changes, changes_mib << 20, kept_changes_mib << 20),
+            gateway=gateway or GatewaySettings(),
             free_cid=self._free_cid,
             check_room=self._check_room,
             quiet=self._quiet,

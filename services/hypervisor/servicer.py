@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from services.common.errors import InvalidInput, VoidboxError, WrongState
-from services.hypervisor import console, convert, convert_changes, layout
+from services.hypervisor import console, convert, convert_changes, convert_egress, layout
 from services.hypervisor.box import DEFAULT_STOP_GRACE
 from services.hypervisor.capabilities import describe_host
+from services.hypervisor.egress import events
 from services.hypervisor.probe import Prober
 from services.hypervisor.registry import DEFAULT_START_SECONDS, Registry
 from services.hypervisor.tunnel import tunnel
@@ -114,6 +115,15 @@ class HypervisorServicer(hypervisor_pb2_grpc.HypervisorServiceServicer):
             raise WrongState(f"box {box.id} has no console yet", reason="NO_CONSOLE", box=box.id)
         async for offset, data in console.read(path, request.offset, follow=request.follow, ended=box.ended):
             yield pb.ReadConsoleResponse(offset=offset, data=data)
+
+    async def ReadEgress(
+        self, request: pb.ReadEgressRequest, context: Context
+    ) -> AsyncIterator[pb.ReadEgressResponse]:
+        """Streams what the gateway decided."""
+        box = self._registry.get(request.box_id)
+        path = box.directory / layout.EGRESS_FILE
+        async for offset, found in events.read(path, request.offset, follow=request.follow, ended=box.ended):
+            yield pb.ReadEgressResponse(next_offset=offset, events=map(convert_egress.event, found))
 
     async def ForwardPort(
         self, request_iterator: AsyncIterator[pb.ForwardPortRequest], context: Context

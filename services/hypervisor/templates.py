@@ -145,6 +145,7 @@ def _machine(config: BoxConfig, accelerator: Accelerator) -> list[str]:
         console_fd=5,
         memory_fd=6,
         ports=argv.SAVED_PORTS,
+        nic_ports=argv.SAVED_NIC_PORTS,
     )
     return argv.build_argv(machine)
 

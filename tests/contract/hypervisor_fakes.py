@@ -141,6 +141,9 @@ class FakeMachine:
         self._paused = False
         plan.note("plug")
 
+    async def plug_nic(self, tap: int, port: int = 0) -> None:
+        self.nic = port
+
     async def capture(self, into: Saved, layers: Path, before: Callable[[], Awaitable[None]]) -> None:
         await before()
         for path in self.directory.glob("*.qcow2"):

@@ -22,6 +22,7 @@ class Harness(Client):
     def __init__(self, channel: Any, driver: FakeDriver, directory: Path) -> None:
         super().__init__(channel)
         self.driver = driver
+        self.directory = directory
         self.kernel = directory / "vmlinux"
         self.kernel.write_bytes(b"\x7fELF\x02\x01".ljust(18, b"\0") + b"\x3e\0".ljust(2000, b"\0"))
         self.initramfs = directory / "initramfs.cpio"

@@ -36,7 +36,7 @@ from voidbox.guest.v1 import guest_pb2 as pb
 
 METHODS = pb.DESCRIPTOR.services_by_name["GuestService"].methods
 BEFORE_CLAIM = {"Claim", "GetGuest"}
-NOT_BUILT = {"WatchFiles", "ConfigureNetwork"}
+NOT_BUILT = {"WatchFiles"}
 assert symbol_database is not None
 
 

@@ -27,11 +27,11 @@ FILTERED = {
         "mount", "umount", "remount", "open_tree", "fsopen", "mount_setattr", "pivot_root", "chroot",
         "load module", "init module", "kexec", "bpf", "perf", "userfaultfd", "keyring", "keyctl", "reboot",
         "kernel log", "set clock", "set host name", "handle", "user namespace", "network namespace",
-        "clone user namespace", "setns", "terminal injection", "process memory",
+        "clone user namespace", "setns", "terminal injection", "process memory", "raw socket",
     ),
     "ENOSYS": ("io_uring", "clone3"),
     "EAFNOSUPPORT": (
-        "raw socket", "packet socket", "audit socket", "key socket", "crypto socket", "vsock loopback",
+        "packet socket", "audit socket", "key socket", "crypto socket", "vsock loopback",
         "vsock host", "vsock other",
     ),
 }  # fmt: skip

@@ -16,8 +16,8 @@ from services.common.errors import (
     Denied,
     Internal,
     InvalidInput,
-    NotBuilt,
     NotFound,
+    OffsetLost,
     Unavailable,
     VoidboxError,
     WrongState,
@@ -25,7 +25,9 @@ from services.common.errors import (
 from services.common.paths import Paths
 from services.hypervisor.__main__ import running
 from services.hypervisor.config import Config
+from services.hypervisor.egress.audit import AuditLog, Event
 from services.hypervisor.failure import Remains
+from services.hypervisor.layout import EGRESS_FILE, Layout
 from tests.contract.hypervisor_fakes import BOOT_ID, FakeGuest
 from tests.contract.hypervisor_harness import Harness, harness
 from tests.vm import BOX_KEY, refused
@@ -165,6 +167,31 @@ async def read_console(service: Harness) -> None:
     assert await following == b"from the console\n"
 
 
+async def read_egress(service: Harness) -> None:
+    box = await service.create("b")
+    assert not box.config.HasField("egress")
+    path = Layout(service.directory / "state").box("b") / EGRESS_FILE
+
+    async def read(offset: int, *, follow: bool = False) -> list[pb.ReadEgressResponse]:
+        request = pb.ReadEgressRequest(box_id="b", offset=offset, follow=follow)
+        return [answer async for answer in service.hypervisor.ReadEgress(request, timeout=60)]
+
+    assert await read(0) == []
+    audit = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = AuditLog(audit, "b")
+    log.record(Event(kind="dns", allowed=False, name="a.test", reason="no rule"))
+    (answer,) = await read(0)
+    (event,) = answer.events
+    assert (event.kind, event.allowed, event.name, event.reason) == ("dns", False, "a.test", "no rule")
+    following = asyncio.create_task(read(answer.next_offset, follow=True))
+    log.record(Event(kind="closed", address="192.0.2.1", port=443, sent=1, received=2, duration=0.5))
+    os.close(audit)
+    service.driver.machines["b"].end(Remains(recorded=True, exit_code=0))
+    (answer,) = await following
+    assert (answer.events[0].sent_bytes, answer.events[0].received_bytes) == (1, 2)
+    assert type(await refused(read(3))) is OffsetLost
+
+
 async def forward_port(service: Harness) -> None:
     await service.create("b")
     call = service.hypervisor.ForwardPort(timeout=20)
@@ -181,7 +208,7 @@ async def capabilities(service: Harness) -> None:
     told = await service.hypervisor.GetCapabilities(pb.GetCapabilitiesRequest(refresh=True))
     assert told.host_cpus > 0
     assert 0 < told.available_memory_mib <= told.host_memory_mib
-    assert set(told.missing_features) == {"network", "update"}
+    assert set(told.missing_features) == {"update"}
 
 
 async def build_template(service: Harness) -> None:
@@ -503,6 +530,7 @@ CASES: dict[str, Callable[[Harness], Awaitable[None]]] = {
     "UpdateBox": update,
     "ReadConsole": read_console,
     "ForwardPort": forward_port,
+    "ReadEgress": read_egress,
     "ForkBox": fork,
     "CreateSnapshot": create_snapshot,
     "GetSnapshot": get_snapshot,
@@ -531,7 +559,10 @@ async def test_every_call_does_what_it_says(service: Harness, method: str) -> No
     ("changes", "kind", "words"),
     [
         ({"kernel_path": ""}, InvalidInput, "kernel_path is missing"),
-        ({"egress": {"enabled": True}}, NotBuilt, "network"),
+        ({"egress": {"host_ports": [80]}}, InvalidInput, "not enabled"),
+        ({"egress": {"enabled": True, "allow": [{"host": "a b"}]}}, InvalidInput, "egress.allow"),
+        ({"egress": {"enabled": True, "deny": [{"cidr": "1.2.3.4/8"}]}}, InvalidInput, "egress.deny"),
+        ({"egress": {"enabled": True, "host_ports": [0]}}, InvalidInput, "host_ports"),
         ({"snapshot": "s"}, NotFound, "no snapshot 's'"),
         ({"snapshot": "../s"}, InvalidInput, "snapshot name"),
         ({"root_disk": {"volume": "v"}}, InvalidInput, "guest_path"),

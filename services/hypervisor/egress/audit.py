@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-EventKind = Literal["dns", "tcp", "udp", "icmp", "gateway", "http", "secret", "meter"]
+EventKind = Literal["dns", "tcp", "closed", "udp", "icmp", "gateway", "http", "secret", "meter"]
 
 MAX_LOG_BYTES = 64 << 20
 """What a box can have written by trying without end; what is beyond is counted only."""

@@ -24,17 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evoidbox/common/v1/common.proto\x12\x11voidbox.common.v1\"+\n\x06\x44igest\x12\r\n\x05value\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"Z\n\x05Mount\x12\x11\n\thost_path\x18\x01 \x01(\t\x12\x12\n\nguest_path\x18\x02 \x01(\t\x12*\n\x04mode\x18\x03 \x01(\x0e\x32\x1c.voidbox.common.v1.MountMode\"@\n\tResources\x12\x12\n\nmemory_mib\x18\x01 \x01(\x05\x12\r\n\x05vcpus\x18\x02 \x01(\x05\x12\x10\n\x08\x64isk_mib\x18\x03 \x01(\x03\"r\n\x06Limits\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x11\n\tprocesses\x18\x02 \x01(\x05\x12\x12\n\ncpu_millis\x18\x03 \x01(\x05\x12\x12\n\nopen_files\x18\x04 \x01(\x05\x12\x17\n\x0f\x66ile_size_bytes\x18\x05 \x01(\x03\"R\n\x0b\x43onfinement\x12)\n\x06limits\x18\x01 \x01(\x0b\x32\x19.voidbox.common.v1.Limits\x12\x18\n\x10\x61llowed_programs\x18\x02 \x03(\t\"\xb8\x01\n\x0c\x45gressPolicy\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12,\n\x05\x61llow\x18\x02 \x03(\x0b\x32\x1d.voidbox.common.v1.EgressRule\x12\x12\n\nhost_ports\x18\x03 \x03(\x05\x12\x17\n\x0fmax_connections\x18\x04 \x01(\x05\x12\"\n\x1amax_connections_per_second\x18\x05 \x01(\x05\x12\x18\n\x10max_egress_bytes\x18\x06 \x01(\x03\"E\n\nEgressRule\x12\x0e\n\x04host\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x63idr\x18\x02 \x01(\tH\x00\x12\r\n\x05ports\x18\x03 \x03(\x05\x42\x08\n\x06target*t\n\tMountMode\x12\x1a\n\x16MOUNT_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14MOUNT_MODE_READ_ONLY\x10\x01\x12\x19\n\x15MOUNT_MODE_READ_WRITE\x10\x02\x12\x16\n\x12MOUNT_MODE_OVERLAY\x10\x03*U\n\tStdStream\x12\x1a\n\x16STD_STREAM_UNSPECIFIED\x10\x00\x12\x15\n\x11STD_STREAM_STDOUT\x10\x01\x12\x15\n\x11STD_STREAM_STDERR\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evoidbox/common/v1/common.proto\x12\x11voidbox.common.v1\"+\n\x06\x44igest\x12\r\n\x05value\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"Z\n\x05Mount\x12\x11\n\thost_path\x18\x01 \x01(\t\x12\x12\n\nguest_path\x18\x02 \x01(\t\x12*\n\x04mode\x18\x03 \x01(\x0e\x32\x1c.voidbox.common.v1.MountMode\"@\n\tResources\x12\x12\n\nmemory_mib\x18\x01 \x01(\x05\x12\r\n\x05vcpus\x18\x02 \x01(\x05\x12\x10\n\x08\x64isk_mib\x18\x03 \x01(\x03\"r\n\x06Limits\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x11\n\tprocesses\x18\x02 \x01(\x05\x12\x12\n\ncpu_millis\x18\x03 \x01(\x05\x12\x12\n\nopen_files\x18\x04 \x01(\x05\x12\x17\n\x0f\x66ile_size_bytes\x18\x05 \x01(\x03\"R\n\x0b\x43onfinement\x12)\n\x06limits\x18\x01 \x01(\x0b\x32\x19.voidbox.common.v1.Limits\x12\x18\n\x10\x61llowed_programs\x18\x02 \x03(\t\"\x92\x02\n\x0c\x45gressPolicy\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12,\n\x05\x61llow\x18\x02 \x03(\x0b\x32\x1d.voidbox.common.v1.EgressRule\x12\x12\n\nhost_ports\x18\x03 \x03(\x05\x12\x17\n\x0fmax_connections\x18\x04 \x01(\x05\x12\"\n\x1amax_connections_per_second\x18\x05 \x01(\x05\x12\x18\n\x10max_egress_bytes\x18\x06 \x01(\x03\x12+\n\x04\x64\x65ny\x18\x07 \x03(\x0b\x32\x1d.voidbox.common.v1.EgressRule\x12\x1c\n\x14max_bytes_per_second\x18\x08 \x01(\x03\x12\r\n\x05learn\x18\t \x01(\x08\"\xb8\x01\n\nEgressRule\x12\x0e\n\x04host\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x63idr\x18\x02 \x01(\tH\x00\x12\r\n\x05ports\x18\x03 \x03(\x05\x12\x33\n\x08protocol\x18\x04 \x01(\x0e\x32!.voidbox.common.v1.EgressProtocol\x12\x11\n\taddresses\x18\x05 \x03(\t\x12)\n\x03tls\x18\x06 \x01(\x0e\x32\x1c.voidbox.common.v1.EgressTlsB\x08\n\x06target*t\n\tMountMode\x12\x1a\n\x16MOUNT_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14MOUNT_MODE_READ_ONLY\x10\x01\x12\x19\n\x15MOUNT_MODE_READ_WRITE\x10\x02\x12\x16\n\x12MOUNT_MODE_OVERLAY\x10\x03*c\n\x0e\x45gressProtocol\x12\x1f\n\x1b\x45GRESS_PROTOCOL_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45GRESS_PROTOCOL_TCP\x10\x01\x12\x17\n\x13\x45GRESS_PROTOCOL_UDP\x10\x02*R\n\tEgressTls\x12\x1a\n\x16\x45GRESS_TLS_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45GRESS_TLS_ANY\x10\x01\x12\x15\n\x11\x45GRESS_TLS_STRICT\x10\x02*U\n\tStdStream\x12\x1a\n\x16STD_STREAM_UNSPECIFIED\x10\x00\x12\x15\n\x11STD_STREAM_STDOUT\x10\x01\x12\x15\n\x11STD_STREAM_STDERR\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'voidbox.common.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MOUNTMODE']._serialized_start=714
-  _globals['_MOUNTMODE']._serialized_end=830
-  _globals['_STDSTREAM']._serialized_start=832
-  _globals['_STDSTREAM']._serialized_end=917
+  _globals['_MOUNTMODE']._serialized_start=920
+  _globals['_MOUNTMODE']._serialized_end=1036
+  _globals['_EGRESSPROTOCOL']._serialized_start=1038
+  _globals['_EGRESSPROTOCOL']._serialized_end=1137
+  _globals['_EGRESSTLS']._serialized_start=1139
+  _globals['_EGRESSTLS']._serialized_end=1221
+  _globals['_STDSTREAM']._serialized_start=1223
+  _globals['_STDSTREAM']._serialized_end=1308
   _globals['_DIGEST']._serialized_start=53
   _globals['_DIGEST']._serialized_end=96
   _globals['_MOUNT']._serialized_start=98
@@ -46,7 +50,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONFINEMENT']._serialized_start=372
   _globals['_CONFINEMENT']._serialized_end=454
   _globals['_EGRESSPOLICY']._serialized_start=457
-  _globals['_EGRESSPOLICY']._serialized_end=641
-  _globals['_EGRESSRULE']._serialized_start=643
-  _globals['_EGRESSRULE']._serialized_end=712
+  _globals['_EGRESSPOLICY']._serialized_end=731
+  _globals['_EGRESSRULE']._serialized_start=734
+  _globals['_EGRESSRULE']._serialized_end=918
 # @@protoc_insertion_point(module_scope)

@@ -47,6 +47,54 @@ MOUNT_MODE_OVERLAY: MountMode.ValueType  # 3
 """Writes go to an overlay above the host's directory, which outlives the box (`ReadChanges`)."""
 global___MountMode = MountMode
 
+class _EgressProtocol:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _EgressProtocolEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_EgressProtocol.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    EGRESS_PROTOCOL_UNSPECIFIED: _EgressProtocol.ValueType  # 0
+    """Same as TCP."""
+    EGRESS_PROTOCOL_TCP: _EgressProtocol.ValueType  # 1
+    """TCP."""
+    EGRESS_PROTOCOL_UDP: _EgressProtocol.ValueType  # 2
+    """UDP."""
+
+class EgressProtocol(_EgressProtocol, metaclass=_EgressProtocolEnumTypeWrapper):
+    """Protocol of a rule's ports."""
+
+EGRESS_PROTOCOL_UNSPECIFIED: EgressProtocol.ValueType  # 0
+"""Same as TCP."""
+EGRESS_PROTOCOL_TCP: EgressProtocol.ValueType  # 1
+"""TCP."""
+EGRESS_PROTOCOL_UDP: EgressProtocol.ValueType  # 2
+"""UDP."""
+global___EgressProtocol = EgressProtocol
+
+class _EgressTls:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _EgressTlsEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_EgressTls.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    EGRESS_TLS_UNSPECIFIED: _EgressTls.ValueType  # 0
+    """The name, in the clear; a hello that hides another one (ECH) may accompany it."""
+    EGRESS_TLS_ANY: _EgressTls.ValueType  # 1
+    """Nothing: connections without a name are taken too."""
+    EGRESS_TLS_STRICT: _EgressTls.ValueType  # 2
+    """The name, and no hidden hello."""
+
+class EgressTls(_EgressTls, metaclass=_EgressTlsEnumTypeWrapper):
+    """What a TLS connection has to show of where it goes."""
+
+EGRESS_TLS_UNSPECIFIED: EgressTls.ValueType  # 0
+"""The name, in the clear; a hello that hides another one (ECH) may accompany it."""
+EGRESS_TLS_ANY: EgressTls.ValueType  # 1
+"""Nothing: connections without a name are taken too."""
+EGRESS_TLS_STRICT: EgressTls.ValueType  # 2
+"""The name, and no hidden hello."""
+global___EgressTls = EgressTls
+
 class _StdStream:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -211,7 +259,9 @@ global___Confinement = Confinement
 
 @typing.final
 class EgressPolicy(google.protobuf.message.Message):
-    """What a box may reach on the network. Empty rules mean: nothing."""
+    """What a box may reach on the network. Empty rules mean: nothing. Link-local, private, loopback and other
+    special addresses, and the host's own, are denied unless a rule names them.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -221,6 +271,9 @@ class EgressPolicy(google.protobuf.message.Message):
     MAX_CONNECTIONS_FIELD_NUMBER: builtins.int
     MAX_CONNECTIONS_PER_SECOND_FIELD_NUMBER: builtins.int
     MAX_EGRESS_BYTES_FIELD_NUMBER: builtins.int
+    DENY_FIELD_NUMBER: builtins.int
+    MAX_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    LEARN_FIELD_NUMBER: builtins.int
     enabled: builtins.bool
     """Whether a network device exists at all."""
     max_connections: builtins.int
@@ -228,7 +281,11 @@ class EgressPolicy(google.protobuf.message.Message):
     max_connections_per_second: builtins.int
     """New connections per second. 0 means 50."""
     max_egress_bytes: builtins.int
-    """Bytes that may leave the box in its life. 0 means no limit."""
+    """Bytes that may enter and leave the box in its life. 0 means no limit."""
+    max_bytes_per_second: builtins.int
+    """Bytes per second, both directions together. 0 means no limit."""
+    learn: builtins.bool
+    """Whether all public addresses are allowed, and each decision recorded as if they were not."""
     @property
     def allow(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___EgressRule]:
         """What is allowed; everything else is denied."""
@@ -236,6 +293,10 @@ class EgressPolicy(google.protobuf.message.Message):
     @property
     def host_ports(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Ports of the host's loopback that the box may reach at 10.0.2.2."""
+
+    @property
+    def deny(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___EgressRule]:
+        """What is denied although `allow` has it."""
 
     def __init__(
         self,
@@ -246,27 +307,43 @@ class EgressPolicy(google.protobuf.message.Message):
         max_connections: builtins.int = ...,
         max_connections_per_second: builtins.int = ...,
         max_egress_bytes: builtins.int = ...,
+        deny: collections.abc.Iterable[global___EgressRule] | None = ...,
+        max_bytes_per_second: builtins.int = ...,
+        learn: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["allow", b"allow", "enabled", b"enabled", "host_ports", b"host_ports", "max_connections", b"max_connections", "max_connections_per_second", b"max_connections_per_second", "max_egress_bytes", b"max_egress_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow", b"allow", "deny", b"deny", "enabled", b"enabled", "host_ports", b"host_ports", "learn", b"learn", "max_bytes_per_second", b"max_bytes_per_second", "max_connections", b"max_connections", "max_connections_per_second", b"max_connections_per_second", "max_egress_bytes", b"max_egress_bytes"]) -> None: ...
 
 global___EgressPolicy = EgressPolicy
 
 @typing.final
 class EgressRule(google.protobuf.message.Message):
-    """One allowance of an egress policy."""
+    """One allowance or denial of an egress policy."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
     CIDR_FIELD_NUMBER: builtins.int
     PORTS_FIELD_NUMBER: builtins.int
+    PROTOCOL_FIELD_NUMBER: builtins.int
+    ADDRESSES_FIELD_NUMBER: builtins.int
+    TLS_FIELD_NUMBER: builtins.int
     host: builtins.str
-    """A DNS name, or "*." and a DNS suffix."""
+    """A DNS name, "*." and a DNS suffix, or "*"."""
     cidr: builtins.str
-    """An IPv4 or IPv6 prefix in CIDR notation."""
+    """An IPv4 or IPv6 prefix in CIDR notation. It covers special addresses only if it lies within their
+    range, so that it names them.
+    """
+    protocol: global___EgressProtocol.ValueType
+    """Protocol of the ports."""
+    tls: global___EgressTls.ValueType
+    """What a TLS connection to `host` has to show."""
     @property
     def ports(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """TCP ports. Empty means 443."""
+        """Ports. Empty means 80 and 443; 0 means all."""
+
+    @property
+    def addresses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Special addresses that `host` may have, as prefixes; others that are not public are refused."""
 
     def __init__(
         self,
@@ -274,9 +351,12 @@ class EgressRule(google.protobuf.message.Message):
         host: builtins.str = ...,
         cidr: builtins.str = ...,
         ports: collections.abc.Iterable[builtins.int] | None = ...,
+        protocol: global___EgressProtocol.ValueType = ...,
+        addresses: collections.abc.Iterable[builtins.str] | None = ...,
+        tls: global___EgressTls.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cidr", b"cidr", "host", b"host", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cidr", b"cidr", "host", b"host", "ports", b"ports", "target", b"target"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["addresses", b"addresses", "cidr", b"cidr", "host", b"host", "ports", b"ports", "protocol", b"protocol", "target", b"target", "tls", b"tls"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["target", b"target"]) -> typing.Literal["host", "cidr"] | None: ...
 
 global___EgressRule = EgressRule

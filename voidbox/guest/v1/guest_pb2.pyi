@@ -1654,6 +1654,8 @@ class ConfigureNetworkRequest(google.protobuf.message.Message):
     GATEWAY_FIELD_NUMBER: builtins.int
     NAME_SERVERS_FIELD_NUMBER: builtins.int
     TRUSTED_CERTIFICATES_FIELD_NUMBER: builtins.int
+    ADDRESS6_FIELD_NUMBER: builtins.int
+    GATEWAY6_FIELD_NUMBER: builtins.int
     mac_address: builtins.str
     """MAC address of the device, aa:bb:cc:dd:ee:ff."""
     address: builtins.str
@@ -1662,6 +1664,10 @@ class ConfigureNetworkRequest(google.protobuf.message.Message):
     """Gateway address."""
     trusted_certificates: builtins.bytes
     """PEM certificates that programs shall trust."""
+    address6: builtins.str
+    """IPv6 address and prefix length; empty: none."""
+    gateway6: builtins.str
+    """IPv6 gateway address."""
     @property
     def name_servers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Name servers."""
@@ -1674,8 +1680,10 @@ class ConfigureNetworkRequest(google.protobuf.message.Message):
         gateway: builtins.str = ...,
         name_servers: collections.abc.Iterable[builtins.str] | None = ...,
         trusted_certificates: builtins.bytes = ...,
+        address6: builtins.str = ...,
+        gateway6: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "gateway", b"gateway", "mac_address", b"mac_address", "name_servers", b"name_servers", "trusted_certificates", b"trusted_certificates"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "address6", b"address6", "gateway", b"gateway", "gateway6", b"gateway6", "mac_address", b"mac_address", "name_servers", b"name_servers", "trusted_certificates", b"trusted_certificates"]) -> None: ...
 
 global___ConfigureNetworkRequest = ConfigureNetworkRequest
 

@@ -313,7 +313,8 @@ class GuestServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ConfigureNetwork(self, request, context):
-        """Sets up the network device. Called by the hypervisor.
+        """Sets up the network device, which may still be on its way; again with the same values does no harm.
+        Called by the hypervisor. UNAVAILABLE if there is no such device within 30 seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

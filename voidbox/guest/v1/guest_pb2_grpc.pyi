@@ -155,7 +155,9 @@ class GuestServiceStub:
         voidbox.guest.v1.guest_pb2.ConfigureNetworkRequest,
         voidbox.guest.v1.guest_pb2.ConfigureNetworkResponse,
     ]
-    """Sets up the network device. Called by the hypervisor."""
+    """Sets up the network device, which may still be on its way; again with the same values does no harm.
+    Called by the hypervisor. UNAVAILABLE if there is no such device within 30 seconds.
+    """
 
     Connect: grpc.StreamStreamMultiCallable[
         voidbox.guest.v1.guest_pb2.ConnectRequest,
@@ -330,7 +332,9 @@ class GuestServiceAsyncStub:
         voidbox.guest.v1.guest_pb2.ConfigureNetworkRequest,
         voidbox.guest.v1.guest_pb2.ConfigureNetworkResponse,
     ]
-    """Sets up the network device. Called by the hypervisor."""
+    """Sets up the network device, which may still be on its way; again with the same values does no harm.
+    Called by the hypervisor. UNAVAILABLE if there is no such device within 30 seconds.
+    """
 
     Connect: grpc.aio.StreamStreamMultiCallable[
         voidbox.guest.v1.guest_pb2.ConnectRequest,
@@ -545,7 +549,9 @@ class GuestServiceServicer(metaclass=abc.ABCMeta):
         request: voidbox.guest.v1.guest_pb2.ConfigureNetworkRequest,
         context: _ServicerContext,
     ) -> typing.Union[voidbox.guest.v1.guest_pb2.ConfigureNetworkResponse, collections.abc.Awaitable[voidbox.guest.v1.guest_pb2.ConfigureNetworkResponse]]:
-        """Sets up the network device. Called by the hypervisor."""
+        """Sets up the network device, which may still be on its way; again with the same values does no harm.
+        Called by the hypervisor. UNAVAILABLE if there is no such device within 30 seconds.
+        """
 
     @abc.abstractmethod
     def Connect(

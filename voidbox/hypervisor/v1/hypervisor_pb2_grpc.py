@@ -95,6 +95,11 @@ class HypervisorServiceStub(object):
                 request_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.GetBoxStatsRequest.SerializeToString,
                 response_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.GetBoxStatsResponse.FromString,
                 _registered_method=True)
+        self.ReadEgress = channel.unary_stream(
+                '/voidbox.hypervisor.v1.HypervisorService/ReadEgress',
+                request_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadEgressRequest.SerializeToString,
+                response_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadEgressResponse.FromString,
+                _registered_method=True)
         self.ReadConsole = channel.unary_stream(
                 '/voidbox.hypervisor.v1.HypervisorService/ReadConsole',
                 request_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadConsoleRequest.SerializeToString,
@@ -263,6 +268,13 @@ class HypervisorServiceServicer(object):
 
     def GetBoxStats(self, request, context):
         """Measures a box from the host.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadEgress(self, request, context):
+        """Streams what a box's gateway decided, from an offset.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -444,6 +456,11 @@ def add_HypervisorServiceServicer_to_server(servicer, server):
                     servicer.GetBoxStats,
                     request_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.GetBoxStatsRequest.FromString,
                     response_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.GetBoxStatsResponse.SerializeToString,
+            ),
+            'ReadEgress': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadEgress,
+                    request_deserializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadEgressRequest.FromString,
+                    response_serializer=voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadEgressResponse.SerializeToString,
             ),
             'ReadConsole': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadConsole,
@@ -851,6 +868,33 @@ class HypervisorService(object):
             '/voidbox.hypervisor.v1.HypervisorService/GetBoxStats',
             voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.GetBoxStatsRequest.SerializeToString,
             voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.GetBoxStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadEgress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/voidbox.hypervisor.v1.HypervisorService/ReadEgress',
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadEgressRequest.SerializeToString,
+            voidbox_dot_hypervisor_dot_v1_dot_hypervisor__pb2.ReadEgressResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -100,6 +100,12 @@ class HypervisorServiceStub:
     ]
     """Measures a box from the host."""
 
+    ReadEgress: grpc.UnaryStreamMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.ReadEgressRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.ReadEgressResponse,
+    ]
+    """Streams what a box's gateway decided, from an offset."""
+
     ReadConsole: grpc.UnaryStreamMultiCallable[
         voidbox.hypervisor.v1.hypervisor_pb2.ReadConsoleRequest,
         voidbox.hypervisor.v1.hypervisor_pb2.ReadConsoleResponse,
@@ -279,6 +285,12 @@ class HypervisorServiceAsyncStub:
         voidbox.hypervisor.v1.hypervisor_pb2.GetBoxStatsResponse,
     ]
     """Measures a box from the host."""
+
+    ReadEgress: grpc.aio.UnaryStreamMultiCallable[
+        voidbox.hypervisor.v1.hypervisor_pb2.ReadEgressRequest,
+        voidbox.hypervisor.v1.hypervisor_pb2.ReadEgressResponse,
+    ]
+    """Streams what a box's gateway decided, from an offset."""
 
     ReadConsole: grpc.aio.UnaryStreamMultiCallable[
         voidbox.hypervisor.v1.hypervisor_pb2.ReadConsoleRequest,
@@ -483,6 +495,14 @@ class HypervisorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[voidbox.hypervisor.v1.hypervisor_pb2.GetBoxStatsResponse, collections.abc.Awaitable[voidbox.hypervisor.v1.hypervisor_pb2.GetBoxStatsResponse]]:
         """Measures a box from the host."""
+
+    @abc.abstractmethod
+    def ReadEgress(
+        self,
+        request: voidbox.hypervisor.v1.hypervisor_pb2.ReadEgressRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[voidbox.hypervisor.v1.hypervisor_pb2.ReadEgressResponse], collections.abc.AsyncIterator[voidbox.hypervisor.v1.hypervisor_pb2.ReadEgressResponse]]:
+        """Streams what a box's gateway decided, from an offset."""
 
     @abc.abstractmethod
     def ReadConsole(
