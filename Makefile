@@ -14,7 +14,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 # A package may be followed by :program; having that program is enough.
 RUN_PACKAGES := python3-venv ca-certificates qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img nftables:nft
 COMPOSE_PACKAGES := docker.io:dockerd docker-compose debootstrap
-TEST_PACKAGES := $(RUN_PACKAGES) cpio e2fsprogs git lz4 zstd docker-registry umoci skopeo buildah openssl busybox-static:busybox nodejs:node npm:npm
+TEST_PACKAGES := $(RUN_PACKAGES) cpio curl e2fsprogs git lz4 zstd docker-registry umoci skopeo buildah openssl busybox-static:busybox nodejs:node npm:npm
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -108,8 +108,8 @@ bench: setup-dev ## Measure, each figure beside its floor or a peer
 	@tools/system-packages debootstrap
 	@$(BIN)/python -m tests.bench
 
-test-agents: setup-dev ## Fetch the real agents' programs and run them in a box (350 MB)
-	@VOIDBOX_TEST_AGENTS=1 $(BIN)/pytest tests/integration/test_imager_agents.py
+test-agents: setup-dev ## Fetch the real agents' programs and run them, in a box and with placeholders (350 MB)
+	@VOIDBOX_TEST_AGENTS=1 $(BIN)/pytest tests/integration/test_imager_agents.py tests/integration/test_egress_agents.py
 
 FUZZ ?= layers
 FUZZ_SECONDS ?= 60

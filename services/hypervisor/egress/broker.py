@@ -3,8 +3,8 @@
 A gateway is a confined process that parses what a box sends; it must not be able to ask for more than
 its box may use. So it proves which box it serves by a token that was made for that box.
 
-One JSON object a line, both ways: `{"token", "rule", "host", "rejected"}`, `{"value", "headers",
-"renewable"}` or `{"error", "reason"}`.
+One JSON object a line, both ways: `{"id", "token", "rule", "host", "rejected"}`, `{"id", "value",
+"headers", "renewable"}` or `{"id", "error", "reason"}`.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ class Broker:
             raise Denied(f"the box may not use credential {rule!r} for {host}", reason="NOT_GRANTED")
         return await grant.source.get(rejected)
 
-    def serve(self, sock: socket.socket) -> None:
+    def serve(self, sock: socket.socket) -> asyncio.Task[None]:
         """Answer on a connected socket, in the background, until it or the broker ends."""
         task = asyncio.create_task(self._serve(sock))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
+        return task
 
     async def close(self) -> None:
         """Stop answering."""
@@ -98,13 +99,19 @@ class Broker:
             asked = json.loads(line)
             token, rule, host = (str(asked[key]) for key in ("token", "rule", "host"))
             rejected = bytes.fromhex(asked.get("rejected", ""))
+            number = str(asked.get("id", ""))
         except (ValueError, KeyError, TypeError, AttributeError):
             return {"error": "the question is malformed", "reason": "MALFORMED"}
         try:
             secret = await self.get(token, rule, host, rejected)
         except VoidboxError as error:
-            return {"error": error.message, "reason": error.reason}
-        return {"value": secret.value, "headers": dict(secret.headers), "renewable": secret.renewable}
+            return {"id": number, "error": error.message, "reason": error.reason}
+        return {
+            "id": number,
+            "value": secret.value,
+            "headers": dict(secret.headers),
+            "renewable": secret.renewable,
+        }
 
 
 class BrokerClient:
@@ -123,20 +130,22 @@ class BrokerClient:
 
     async def get(self, rule: str, host: str, rejected: str = "") -> Secret:
         """As CredentialSource."""
+        number = secrets.token_hex(8)
         question = {
+            "id": number,
             "token": self._token,
             "rule": rule,
             "host": host,
             "rejected": hashlib.sha256(rejected.encode()).hexdigest() if rejected else "",
         }
-        asking = asyncio.create_task(self._ask(json.dumps(question).encode() + b"\n"))
+        asking = asyncio.create_task(self._ask(number, json.dumps(question).encode() + b"\n"))
         # Whoever asks may be cancelled; the answer must be read all the same, or the next one gets it.
         answer = await asyncio.shield(asking)
         if "error" in answer:
             raise Denied(str(answer["error"]), reason=str(answer.get("reason", "")))
         return Secret(value=answer["value"], headers=answer["headers"], renewable=answer["renewable"])
 
-    async def _ask(self, question: bytes) -> dict[str, Any]:
+    async def _ask(self, number: str, question: bytes) -> dict[str, Any]:
         async with self._lock:
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
@@ -145,11 +154,11 @@ class BrokerClient:
                     reader, writer = self._streams
                     writer.write(question)
                     await writer.drain()
-                    line = await reader.readline()
-                if line:
-                    answer = json.loads(line)
-                    assert isinstance(answer, dict)
-                    return answer
+                    while line := await reader.readline():
+                        answer = json.loads(line)
+                        # A gateway that was here before may have gone without its answer.
+                        if isinstance(answer, dict) and answer.get("id") == number:
+                            return answer
             except (OSError, ValueError, TimeoutError) as error:
                 raise Unavailable(f"the host's credentials cannot be had: {error}") from error
         raise Unavailable("the host's credentials cannot be had: the service has ended")

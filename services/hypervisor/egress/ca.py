@@ -20,6 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from services.common.egress.names import matches
+
 # Longer than any box lives, shorter than the 398 days that programs accept.
 VALID: Final = datetime.timedelta(days=365)
 # A guest's clock may be behind the host's.
@@ -41,6 +43,7 @@ class BoxAuthority:
         self._certificate = certificate
         self._leaf_key = ec.generate_private_key(ec.SECP256R1())
         self._contexts: OrderedDict[str, ssl.SSLContext] = OrderedDict()
+        self._prepared: dict[str, ssl.SSLContext] = {}
 
     @classmethod
     def create(cls, hosts: Iterable[str]) -> BoxAuthority:
@@ -97,6 +100,10 @@ class BoxAuthority:
         the handshake and what TLS reads from it must be the same.
         """
         name = name.lower()
+        parent = f"*.{name.partition('.')[2]}"
+        prepared = self._prepared.get(name) or self._prepared.get(parent)
+        if prepared is not None:
+            return prepared
         known = self._contexts.pop(name, None)
         if known is None:
             known = self._make_context(name)
@@ -104,6 +111,16 @@ class BoxAuthority:
                 self._contexts.popitem(last=False)
         self._contexts[name] = known
         return known
+
+    def prepare(self, hosts: Iterable[str]) -> None:
+        """Make what `hosts` need now, as a confined process cannot: certificates are read from files.
+
+        For `*.` and a suffix there is one certificate, good for names with one more label.
+        """
+        for host in hosts:
+            if host == "*":
+                continue
+            self._prepared[host.lower()] = self._make_context(host.lower())
 
     def _make_context(self, name: str) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -149,7 +166,7 @@ class BoxAuthority:
 
 def _expect(name: str) -> Any:
     def check(_: object, asked: str | None, __: object) -> int | None:
-        if asked is not None and asked.lower().rstrip(".") != name:
+        if asked is not None and not matches(name, asked.lower().rstrip(".")):
             return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
         return None
 

@@ -21,12 +21,16 @@ from services.hypervisor.egress.stream import PlainStream, Stream, StreamError, 
 _KEPT_IDLE: Final = 4
 
 
-def trust(extra: bytes = b"") -> ssl.SSLContext:
-    """The host's trust store and the PEM certificates `extra`; what servers are checked against."""
+def trust(extra: bytes = b"", *, http2: bool = True) -> ssl.SSLContext:
+    """The host's trust store and the PEM certificates `extra`; what servers are checked against.
+
+    Args:
+        http2: Whether that is offered; a WebSocket needs HTTP/1.1.
+    """
     context = ssl.create_default_context()
     if extra:
         context.load_verify_locations(cadata=extra.decode("ascii"))
-    context.set_alpn_protocols(["h2", "http/1.1"])
+    context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
     return context
 
 
@@ -34,8 +38,7 @@ class Upstream:
     """Sends requests to the server of `flow`.
 
     Args:
-        context: What the server is checked against; None for plain HTTP.
-        http1: How it is checked where HTTP/1.1 is needed, for WebSockets.
+        tls: What the server is checked against, and the same for HTTP/1.1; None for plain HTTP.
     """
 
     def __init__(self, flow: Flow, name: str, dial: Dial, tls: tuple[ssl.SSLContext, ssl.SSLContext] | None):
