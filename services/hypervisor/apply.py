@@ -83,7 +83,10 @@ def _delete(parent: int, name: bytes, change: Change) -> None:
     except FileNotFoundError:
         return
     if not _is(parent, aside, change.before):
-        beneath.rename(parent, aside, name, beneath.NOREPLACE)
+        try:
+            beneath.rename(parent, aside, name, beneath.NOREPLACE)
+        except FileExistsError:  # saved once more, which is newer than this one
+            os.unlink(aside, dir_fd=parent)
         raise OSError(errno.EBUSY, _CHANGED)
     os.unlink(aside, dir_fd=parent)
 
@@ -121,13 +124,38 @@ def _put(parent: int, new: bytes, name: bytes, change: Change) -> None:
     if change.before is None:
         beneath.rename(parent, new, name, beneath.NOREPLACE)
         return
+    ours = _inode(parent, new)
     try:
         beneath.rename(parent, new, name, beneath.EXCHANGE)
     except FileNotFoundError:
         raise OSError(errno.EBUSY, _CHANGED) from None
     if not _is(parent, new, change.before):
-        beneath.rename(parent, new, name, beneath.EXCHANGE)
+        _put_back(parent, new, name, ours)
         raise OSError(errno.EBUSY, _CHANGED)
+
+
+def _put_back(parent: int, held: bytes, name: bytes, placed: int) -> None:
+    """Have `name` be again what its user has saved last; `placed` is the inode that we have put there.
+
+    What is `held` is the user's. If something else than what we had put there comes back for it, the user
+    has saved once more in between, so that has to take the place instead, and so on.
+    """
+    while True:
+        giving = _inode(parent, held)
+        try:
+            beneath.rename(parent, held, name, beneath.EXCHANGE)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                beneath.rename(parent, held, name, beneath.NOREPLACE)
+                return
+            continue
+        if _inode(parent, held) == placed:
+            return
+        placed = giving
+
+
+def _inode(parent: int, name: bytes) -> int:
+    return os.stat(name, dir_fd=parent, follow_symlinks=False).st_ino
 
 
 def _is(parent: int, name: bytes, expected: os.stat_result) -> bool:
