@@ -27,6 +27,7 @@ from pathlib import Path
 from services.common.errors import AlreadyExists, NotFound, WrongState
 from services.common.process import run
 from services.hypervisor import beneath
+from services.hypervisor.inputs import Identity
 from services.hypervisor.model import BoxConfig, MountMode, check_box_id
 from services.hypervisor.record import write_atomically
 
@@ -114,12 +115,18 @@ class ChangeStore:
             )
 
     def open_layers(
-        self, box_id: str, config: BoxConfig, fds: Sequence[int], own: contextlib.ExitStack
+        self,
+        box_id: str,
+        config: BoxConfig,
+        fds: Sequence[int],
+        machine: Identity,
+        own: contextlib.ExitStack,
     ) -> tuple[tuple[int, int, int], ...]:
         """The overlays of a box that starts: descriptors of lower, upper and work directory each.
 
         Args:
             fds: The box's mounts, open, in order.
+            machine: Who writes to them; the owner of each that is not root's.
             own: Closes the upper and work directories.
         """
         found = overlays(config)
@@ -140,7 +147,7 @@ class ChangeStore:
                 layers.append(fd)
             # What the box sees at the mount itself is the upper directory's owner and mode.
             if os.geteuid() == 0:
-                os.fchown(layers[0], lower.st_uid, lower.st_gid)
+                os.fchown(layers[0], machine.uid, machine.gid)
             os.fchmod(layers[0], lower.st_mode & 0o7777)
             opened.append((fds[each.number], layers[0], layers[1]))
         return tuple(opened)

@@ -103,6 +103,8 @@ def change_root(
     devices: Iterable[str] = (),
     files: Collection[int] = (),
     overlays: Collection[tuple[int, int, int]] = (),
+    rooted: Collection[int] = (),
+    owner: tuple[int, int] | None = None,
 ) -> None:
     """Move this process into a mount namespace whose root holds what a machine needs, and nothing else.
 
@@ -113,6 +115,7 @@ def change_root(
         devices: Device files besides the usual ones.
         files: Files among `fds`, each of which becomes a directory that holds it.
         overlays: Directories among `fds` that become overlays, with their upper and work directories.
+        rooted: Those of them whose files of root's seem to be `owner`'s, who is (uid, gid).
 
     Raises:
         OSError: the host does not allow it.
@@ -120,7 +123,7 @@ def change_root(
     check(_libc.unshare(_NEWNS), "unshare mounts")
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     for layers in overlays:
-        share_overlay(*layers)
+        share_overlay(*layers, owner if layers[0] in rooted else None)
     for fd in fds:
         if fd in files:
             share_file(fd, read_only=fd not in writable)

@@ -24,7 +24,8 @@ class MachinePlan:
 
     The descriptors belong to whoever made the plan and may be closed once `start` returns.
     `disk_fds` are (base, private layer or None) per disk, the root disk first. `file_fds` are those of
-    `mount_fds` that are single files, `overlays` (lower, upper, work directory) those that are overlays.
+    `mount_fds` that are single files, `overlays` (lower, upper, work directory) those that are overlays,
+    `rooted_fds` those of these whose files of root's the machine's user is to see as its own.
 
     With `saved` the machine is restored from it instead of booted, the first `restored_disks` of its
     disks being those that the saved machine had; with `into` it boots so that it can be saved there.
@@ -45,6 +46,7 @@ class MachinePlan:
     mount_fds: tuple[int, ...] = ()
     file_fds: tuple[int, ...] = ()
     overlays: tuple[tuple[int, int, int], ...] = ()
+    rooted_fds: tuple[int, ...] = ()
     saved: Saved | None = None
     into: Saved | None = None
     restored_disks: int = 0

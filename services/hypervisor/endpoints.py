@@ -138,6 +138,7 @@ def endpoints(
         writable_fds=_writable_fds(plan, disks, memory_fd),
         file_fds=plan.file_fds,
         overlays=plan.overlays,
+        rooted_fds=plan.rooted_fds,
         devices=(KVM,) if plan.accelerator is Accelerator.KVM else (),
         namespaces=programs.confinement.namespaces,
         landlock=programs.confinement.landlock,

@@ -199,26 +199,29 @@ def machine_identity(mounts: Iterable[tuple[Mount, int]], fallback: Identity) ->
         fallback: Who it is if no mount decides.
 
     Raises:
-        InvalidInput: directories of several owners, one of root's shared for writing or as an overlay,
-            or one that the machine's user may not read (reason `BAD_MOUNT`).
+        InvalidInput: directories of several owners, one of root's shared for writing, or one
+            that the machine's user may not read (reason `BAD_MOUNT`).
     """
     opened = list(mounts)
     if os.geteuid() != 0:
         return fallback, bool(opened)
     owners: dict[int, Mount] = {}
-    identity = fallback
+    identity, mapped = fallback, False
     for mount, fd in opened:
         info = os.fstat(fd)
-        if info.st_uid == 0 and mount.mode is not MountMode.READ_ONLY:
+        if info.st_uid == 0 and mount.mode is MountMode.READ_WRITE:
             raise InvalidInput(
                 f"mount {mount.host_path}:{mount.guest_path}:{mount.mode.value}: it belongs to root, and no "
-                f"machine runs as root; give it to a user first, e.g.: chown -R 1000:1000 {mount.host_path}",
+                f"machine runs as root; use mode overlay, or give it to a user, e.g.: "
+                f"chown -R 1000:1000 {mount.host_path}",
                 reason="BAD_MOUNT",
                 path=mount.host_path,
             )
         if info.st_uid != 0:
             owners[info.st_uid] = mount
             identity = Identity(info.st_uid, info.st_gid)
+        # Of an overlay, root's files are shown as the machine's user's.
+        mapped = mapped or (info.st_uid == 0 and mount.mode is MountMode.OVERLAY)
     if len(owners) > 1:
         named = ", ".join(f"{mount.host_path} (uid {uid})" for uid, mount in owners.items())
         raise InvalidInput(
@@ -226,14 +229,17 @@ def machine_identity(mounts: Iterable[tuple[Mount, int]], fallback: Identity) ->
             reason="BAD_MOUNT",
         )
     for mount, fd in opened:
-        if not _may_enter(os.fstat(fd), identity):
+        info = os.fstat(fd)
+        if mount.mode is MountMode.OVERLAY and info.st_uid == 0:
+            continue
+        if not _may_enter(info, identity):
             raise InvalidInput(
                 f"mount {mount.host_path}:{mount.guest_path}: uid {identity.uid}, which the machine runs as, "
                 f"may not read it; run: chmod o+rX {mount.host_path}",
                 reason="BAD_MOUNT",
                 path=mount.host_path,
             )
-    return identity, bool(owners)
+    return identity, bool(owners) or mapped
 
 
 def _may_enter(info: os.stat_result, identity: Identity) -> bool:

@@ -15,6 +15,8 @@ import stat
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 16384, 1 << 18
 MNT_DETACH = 2
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 1, 2, 4, 8
+_ATTR_IDMAP = 0x100000
+_NEWUSER = 0x10000000
 
 _OPEN_TREE_CLONE, _AT_EMPTY_PATH, _AT_RECURSIVE, _AT_FDCWD = 1, 0x1000, 0x8000, -100
 _MOVE_MOUNT_F_EMPTY_PATH = 4
@@ -71,15 +73,16 @@ def workplace() -> str:
     return next(path for path in WORKPLACES if os.path.isdir(path))
 
 
-def clone(path: str, fd: int = _AT_FDCWD) -> int:
+def clone(path: str, fd: int = _AT_FDCWD, *, recursive: bool = True) -> int:
     """A copy, without a parent, of the mounts at and below `path`, or `fd` if that is empty."""
-    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE | (_AT_EMPTY_PATH if not path else 0)
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    flags |= 0 if path else _AT_EMPTY_PATH
     return syscall(_SYS_OPEN_TREE, f"open_tree {path}", fd, os.fsencode(path), flags)
 
 
-def set_attributes(tree: int, attributes: int, *, recursive: bool = True) -> None:
-    """Add attributes to the mount `tree`, and those below it."""
-    attr = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
+def set_attributes(tree: int, attributes: int, *, recursive: bool = True, users: int = 0) -> None:
+    """Add attributes to the mount `tree`, and those below it; `users` is a user namespace for the mapping."""
+    attr = (ctypes.c_uint64 * 4)(attributes, 0, 0, users)
     flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
     syscall(_SYS_MOUNT_SETATTR, "mount_setattr", tree, b"", flags, ctypes.byref(attr), ctypes.sizeof(attr))
 
@@ -121,28 +124,91 @@ def share_file(fd: int, *, read_only: bool) -> None:
     _replace(fd, whole)
 
 
-def share_overlay(fd: int, upper: int, work: int) -> None:
+def share_overlay(fd: int, upper: int, work: int, owner: tuple[int, int] | None = None) -> None:
     """Replace a directory's descriptor by one of an overlay above it; closes `upper` and `work`.
 
     All changes go to `upper`. The overlay keeps its marks in user.* attributes, which it may set
     whoever mounts it, and which cannot be set through it.
+
+    Args:
+        owner: (uid, gid) that root's files in the directory seem to belong to; only root can ask for it.
     """
     context = syscall(_SYS_FSOPEN, "fsopen overlay", b"overlay", _CLOEXEC)
     layers = {"lowerdir": fd, "upperdir": upper, "workdir": work}
     opened = {name: _here(each) for name, each in layers.items()}
+    covered = ""
     try:
+        if owner is not None:
+            covered = workplace()
+            opened["lowerdir"] = _as_owner(opened["lowerdir"], owner, covered)
         for name, each in opened.items():
             path = f"/proc/self/fd/{each}".encode()
             syscall(_SYS_FSCONFIG, f"overlay's {name}", context, _SET_STRING, name.encode(), path, 0)
         syscall(_SYS_FSCONFIG, "overlay's attributes", context, _SET_FLAG, b"userxattr", None, 0)
-        syscall(_SYS_FSCONFIG, "overlay", context, _CMD_CREATE, None, None, 0)
+        try:
+            syscall(_SYS_FSCONFIG, "overlay", context, _CMD_CREATE, None, None, 0)
+        except OSError as error:
+            why = f"{error}; the file system of the state directory or the mount may not be fit for it"
+            raise OSError(error.errno, why) from error
         tree = syscall(_SYS_FSMOUNT, "fsmount", context, _CLOEXEC, _attributes(read_only=False))
     finally:
         for each in (context, *opened.values()):
             os.close(each)
+        if covered:
+            check(_libc.umount2(covered.encode(), MNT_DETACH), f"umount {covered}")
     for each in (upper, work):
         os.close(each)
     _replace(fd, tree)
+
+
+def _as_owner(directory: int, owner: tuple[int, int], place: str) -> int:
+    """A directory as a mount in which root's files belong to `owner`; closes `directory`.
+
+    It is attached for a moment, over a file system at `place`: before Linux 6.15 an overlay takes no
+    layer that is attached nowhere.
+    """
+    tree = clone("", directory, recursive=False)
+    os.close(directory)
+    users = _user_namespace(*owner)
+    try:
+        set_attributes(tree, _ATTR_IDMAP, recursive=False, users=users)
+    except OSError as error:
+        why = f"root's files cannot be shown as the box's here ({error.strerror}); give them to a user"
+        raise OSError(error.errno, why) from error
+    finally:
+        os.close(users)
+    mount("tmpfs", place, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0755,size=16k,nr_inodes=8")
+    attach(tree, f"{place}/lower")
+    return os.open(f"{place}/lower", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _user_namespace(uid: int, gid: int) -> int:
+    """A descriptor of a user namespace that maps root to these, for an id-mapped mount."""
+    told, tell = os.pipe()
+    wait, go = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(go)
+            check(_libc.unshare(_NEWUSER), "unshare users")
+            # Its number where /proc was mounted, which may be another process namespace.
+            os.write(tell, os.readlink("/proc/self").encode())
+            os.read(wait, 1)
+        finally:
+            os._exit(0)
+    os.close(tell)
+    try:
+        number = os.read(told, 32).decode()
+        if not number:
+            raise OSError(errno.EPERM, "no user namespace can be made for an id-mapped mount")
+        for name, each in (("uid_map", uid), ("gid_map", gid)):
+            with open(f"/proc/{number}/{name}", "w") as file:
+                file.write(f"0 {each} 1")
+        return os.open(f"/proc/{number}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        for end in (told, wait, go):
+            os.close(end)
+        os.waitpid(pid, 0)
 
 
 def _attributes(*, read_only: bool) -> int:

@@ -180,7 +180,7 @@ async def prepare(
             f"this host allows {programs.confinement.detail} (see: voidbox doctor)",
             reason="NO_NAMESPACES",
         )
-    layers = await asyncio.to_thread(changes.open_layers, box_id, config, mount_fds, stack)
+    layers = await asyncio.to_thread(changes.open_layers, box_id, config, mount_fds, identity, stack)
     kernel = initramfs = None
     if boots:
         kernel, initramfs = await _boot_files(config, identity, stack)
@@ -214,6 +214,7 @@ async def prepare(
         mount_fds=tuple(mount_fds),
         file_fds=file_fds,
         overlays=layers,
+        rooted_fds=tuple(fd for fd, *_ in layers if os.geteuid() == 0 and os.fstat(fd).st_uid == 0),
         saved=saved,
         restored_disks=len(disk_fds) if layered else 0,
         note=note,

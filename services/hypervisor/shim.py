@@ -389,6 +389,8 @@ def _become_machine(config: ShimConfig, report: int) -> NoReturn:
                 config.devices,
                 config.file_fds,
                 config.overlays,
+                config.rooted_fds,
+                (config.uid, config.gid) if config.uid is not None and config.gid is not None else None,
             )
         confine.drop_privileges(config.uid, config.gid, config.groups)
         if config.landlock:

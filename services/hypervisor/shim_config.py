@@ -44,6 +44,7 @@ class ShimConfig:
         file_fds: Files among `pass_fds`, each of which it gets as a directory that holds it.
         overlays: Directories among `pass_fds` that it gets as overlays: each with the directory that
             receives the changes, and the overlay's work directory.
+        rooted_fds: Those of `overlays` in which root's files are to seem the machine's user's.
         devices: Device files that it opens by path, besides /dev/null and /dev/urandom.
         namespaces: Who makes it namespaces of its own, see `confine.Namespaces`.
         landlock: Whether Landlock restricts it to these files.
@@ -69,6 +70,7 @@ class ShimConfig:
     writable_fds: tuple[int, ...] = ()
     file_fds: tuple[int, ...] = ()
     overlays: tuple[tuple[int, int, int], ...] = ()
+    rooted_fds: tuple[int, ...] = ()
     devices: tuple[str, ...] = ()
     namespaces: Namespaces = ""
     landlock: bool = False
@@ -107,6 +109,10 @@ class ShimConfig:
             raise ConfigInvalid("writable_fds names a descriptor that QEMU does not inherit")
         if not set(self.file_fds) | {layers[0] for layers in self.overlays} <= set(self.pass_fds):
             raise ConfigInvalid("file_fds or overlays names a descriptor that QEMU does not inherit")
+        if not set(self.rooted_fds) <= {layers[0] for layers in self.overlays} or (
+            self.rooted_fds and self.uid is None
+        ):
+            raise ConfigInvalid("rooted_fds names no overlay, or there is no user for it")
         if (self.file_fds or self.overlays) and not self.namespaces:
             raise ConfigInvalid("file_fds and overlays need namespaces")
         if self.namespaces not in ("", "root", "user") or not isinstance(self.landlock, bool):
@@ -155,7 +161,16 @@ class ShimConfig:
         unknown = content.keys() - {each.name for each in fields(cls)}
         if unknown:
             raise ConfigInvalid(f"unknown field {min(unknown)!r}")
-        for name in ("argv", "groups", "pass_fds", "writable_fds", "file_fds", "overlays", "devices"):
+        for name in (
+            "argv",
+            "groups",
+            "pass_fds",
+            "writable_fds",
+            "file_fds",
+            "overlays",
+            "rooted_fds",
+            "devices",
+        ):
             if name in content:
                 if not isinstance(content[name], list):
                     raise ConfigInvalid(f"{name} is not a list")

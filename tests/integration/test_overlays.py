@@ -137,6 +137,31 @@ async def test_a_box_changes_its_view_and_the_host_applies_it(client: Client, wo
     assert "over" not in [each.box_id for each in listed.changes], "nothing is left to keep"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's service sees root's directories as a box's own")
+async def test_a_directory_of_root_is_the_box_s_own_in_an_overlay(client: Client, work: Path) -> None:
+    for each in (work, *work.rglob("*")):
+        os.chown(each, 0, 0)
+    (work / "same").chmod(0o600)
+    work.chmod(0o700)
+    before = tree(work)
+    await client.create("rooted", mounts=[overlay(work)])
+    try:
+        script = "cat /work/same && stat -c %u /work/same && id -u"
+        _, out, error = await client.run("rooted", "sh", "-c", script)
+        content, owner, user = out.decode().split()
+        assert (content, owner) == ("same", user), error.decode()
+        assert int(user) != 0
+        exit_, _, error = await client.run("rooted", "python3", "-c", CHANGES)
+        assert exit_.exit_code == 0, error.decode()
+    finally:
+        await client.delete("rooted")
+    assert tree(work) == before
+    assert await changes(client, "rooted") == EXPECTED
+    assert all(each.applied for each in await apply(client, "rooted"))
+    assert {each.lstat().st_uid for each in work.rglob("*")} == {0}
+    assert (work / "tree/newer").read_text() == "new"
+
+
 async def test_changes_are_bounded_and_survive_the_death_of_machine_and_service(work: Path) -> None:
     with HypervisorProcess(flags=("--changes-mib", "4")) as service:
         async with service.connected() as client:

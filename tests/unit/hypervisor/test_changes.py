@@ -19,6 +19,7 @@ import pytest
 from services.common.errors import AlreadyExists, InvalidInput, NotFound
 from services.hypervisor import apply, beneath, changeset
 from services.hypervisor.changes import ChangeSet, ChangeStore, Layers, Overlay
+from services.hypervisor.inputs import Identity
 from services.hypervisor.model import BoxConfig, Mount, MountMode
 from services.hypervisor.reviews import Reviews, Selection
 
@@ -352,7 +353,7 @@ async def test_changes_outlive_a_box_and_the_oldest_make_room(tmp_path: Path) ->
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, fd)
             store.check_free(box, config)
-            store.open_layers(box, config, [fd], stack)
+            store.open_layers(box, config, [fd], Identity(os.geteuid(), os.getegid()), stack)
         (root / box / "0/work/work").mkdir(mode=0)  # as the kernel leaves it
         for number in range(count):
             (root / box / f"0/upper/{number}").write_text("x")
