@@ -9,8 +9,9 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
-from services.common.errors import InvalidInput, NotFound, VoidboxError
+from services.common.errors import Conflict, InvalidInput, NotFound, VoidboxError
 from services.imager import guest_artifact as artifact
 from services.imager.cache import COLLECT_LOCK
 from services.imager.guest_store import (
@@ -40,7 +41,10 @@ from services.imager.progress import Progress, Report, silent
 from services.imager.pull import ImageStore, PullPolicy
 from services.imager.push import open_target, upload_all
 from services.imager.reference import RegistryReference, parse_reference
+from services.imager.registry_push import RegistryTarget
 from services.imager.sources import Source, check_size
+
+_INDEX_ATTEMPTS: Final = 5  # each lost to another writer
 
 
 class GuestRegistry:
@@ -61,13 +65,16 @@ class GuestRegistry:
     ) -> str:
         """Push the guest image `name`, a digest or "default", to a tag; the digest of the index there.
 
-        What the tag already has for other architectures stays in the index.
+        What the tag already has for other architectures stays in the index, also if they are pushed at the
+        same time from this cache. From elsewhere too, unless both ask for the tag, both write it and neither
+        looks before the other has written: registries have no conditional write. Pushing again heals it.
 
         Raises:
             NotFound: there is no such guest image.
             Corrupt: it is damaged.
             InvalidInput: `reference` is no tag in a registry.
             Unauthenticated, Denied, Unavailable: as `push_image`.
+            Conflict: others kept writing the tag at the same time.
             Cancelled: the caller cancelled.
         """
         cancel = cancel or Cancel()
@@ -96,9 +103,10 @@ class GuestRegistry:
             manifest = artifact.manifest_bytes(config, *descriptors)
             digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
             target.put_manifest(digest, manifest, OCI_MANIFEST)
-            existing = target.existing()
-            index = artifact.index_bytes(existing[0] if existing else None, platform, manifest)
-            return target.put_manifest(tag, index, OCI_INDEX)
+            cache = self._store.cache
+            stack.enter_context(cache.lock(COLLECT_LOCK, cancel, shared=True))
+            stack.enter_context(cache.lock("guest-push", cancel))
+            return _add_to_index(target, tag, platform, manifest)
 
     def pull(
         self,
@@ -238,6 +246,22 @@ class GuestRegistry:
             return image, str((record or {})["manifest"])
         except (KeyError, OSError, VoidboxError):
             return None
+
+
+def _add_to_index(target: RegistryTarget, tag: str, platform: Platform, manifest: bytes) -> str:
+    """Have the tag name an index with `manifest` and what others have put there; its digest."""
+    existing = target.existing()
+    for _ in range(_INDEX_ATTEMPTS):
+        index = artifact.index_bytes(existing[0] if existing else None, platform, manifest)
+        digest = target.put_manifest(tag, index, OCI_INDEX)
+        existing = target.existing()
+        if existing is None or artifact.index_bytes(existing[0], platform, manifest) == existing[0]:
+            return digest if existing is None else f"sha256:{hashlib.sha256(existing[0]).hexdigest()}"
+    raise Conflict(
+        f"the tag {tag} was written by others {_INDEX_ATTEMPTS} times meanwhile; push again later",
+        reason="TAG_CONTENDED",
+        tag=tag,
+    )
 
 
 def _resolve(source: Source, wanted: Platform, where: str, limit: int) -> tuple[Manifest, str]:

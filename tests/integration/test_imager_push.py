@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import (
+    Conflict,
     Corrupt,
     Denied,
     InvalidInput,
@@ -26,7 +27,7 @@ from services.common.errors import (
     Unavailable,
     VoidboxError,
 )
-from services.imager import guest_artifact
+from services.imager import guest_artifact, guest_registry
 from services.imager.cache import ImageCache
 from services.imager.guest_registry import GuestRegistry
 from services.imager.guest_store import load_guest_image
@@ -35,6 +36,7 @@ from services.imager.manifest import OCI_INDEX, OCI_MANIFEST, Platform
 from services.imager.pull import ImageStore, PullPolicy
 from services.imager.push import open_target, push_image, upload_all
 from services.imager.registry import RegistrySettings
+from services.imager.registry_push import RegistryTarget
 from tests.guest_images import guest_at
 from tests.imager_images import Item, make_layout, make_tar, need, run, sha256
 from tests.registries import HTPASSWD, docker_registry
@@ -288,6 +290,44 @@ def test_a_moved_tag_is_noticed_when_asked_always(registry: str, tmp_path: Path)
     assert other.pull(name).digest == first
     assert other.pull(name, policy=PullPolicy.ALWAYS).digest == second
     assert other.pull(name).digest == second
+
+
+def test_another_who_pushes_at_the_same_time_is_not_lost(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our look at the tag and our writing it, and once more after that, another writes it."""
+    name = f"{registry}/contended:v1"
+    guest_at(tmp_path / "amd", 62, default=True)
+    guest_at(tmp_path / "arm", 183, default=True)
+    put, written = RegistryTarget.put_manifest, []
+
+    def crowded(self: RegistryTarget, name: str, data: bytes, media_type: str) -> str:
+        digest = put(self, name, data, media_type)
+        if name == "v1":
+            written.append(data)
+            if len(written) == 1:  # they had looked before: their index does not have ours
+                with monkeypatch.context() as patch:
+                    patch.setattr(RegistryTarget, "put_manifest", put)
+                    patch.setattr(RegistryTarget, "existing", lambda self: None)
+                    patch.setattr(guest_registry, "_INDEX_ATTEMPTS", 1)
+                    guests(tmp_path / "arm").push("default", registry + "/contended:v1")
+        return digest
+
+    monkeypatch.setattr(RegistryTarget, "put_manifest", crowded)
+    guests(tmp_path / "amd").push("default", name)
+    assert len(written) == 2
+    other = guests(tmp_path / "other")
+    for platform, place in ((AMD64, "amd"), (ARM64, "arm")):
+        assert other.pull(name, platform=platform).digest == load_guest_image(tmp_path / place).digest
+
+
+def test_a_tag_that_others_never_leave_alone_is_an_error(
+    registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest_at(tmp_path / "one", default=True)
+    monkeypatch.setattr(RegistryTarget, "existing", lambda self: (b"{}", OCI_INDEX))
+    with pytest.raises(Conflict, match="written by others"):
+        guests(tmp_path / "one").push("default", f"{registry}/busy:v1")
 
 
 def test_one_tag_holds_the_guest_images_of_several_architectures(registry: str, tmp_path: Path) -> None:
