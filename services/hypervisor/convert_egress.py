@@ -8,10 +8,10 @@ from typing import Any
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from services.common.egress import plain
-from services.common.egress.policy import DEFAULT_PORTS, Limits, Policy, Rule, make_rule
+from services.common.egress.policy import Limits, Policy, Rule, make_rule
+from services.common.egress.wire import to_message
 from services.common.errors import InvalidInput
 from voidbox.common.v1 import common_pb2
-from voidbox.hypervisor.v1 import hypervisor_pb2
 
 MAX_RULES = 1024
 MAX_PORTS = 256
@@ -88,25 +88,14 @@ def _read_rule(message: common_pb2.EgressRule, field: str) -> Rule:
 
 def egress(text: str) -> common_pb2.EgressPolicy:
     """A box's policy as clients see it."""
-    policy = plain.from_json(text)
-    return common_pb2.EgressPolicy(
-        enabled=True,
-        allow=map(_rule, policy.allow),
-        deny=map(_rule, policy.deny),
-        host_ports=policy.host_ports,
-        max_connections=policy.limits.connections,
-        max_connections_per_second=policy.limits.new_per_second,
-        max_egress_bytes=policy.limits.total_bytes,
-        max_bytes_per_second=policy.limits.bytes_per_second,
-        learn=policy.learn,
-    )
+    return to_message(plain.from_json(text))
 
 
-def event(found: Mapping[str, Any]) -> hypervisor_pb2.EgressEvent:
+def event(found: Mapping[str, Any]) -> common_pb2.EgressEvent:
     """An event as clients see it."""
     micros = round(float(found["time"]) * 1e6)
     nanos = round(float(found.get("duration", 0)) * 1e9)
-    return hypervisor_pb2.EgressEvent(
+    return common_pb2.EgressEvent(
         time=timestamp_pb2.Timestamp(seconds=micros // 10**6, nanos=micros % 10**6 * 1000),
         kind=found["kind"],
         allowed=found["allowed"],
@@ -120,19 +109,3 @@ def event(found: Mapping[str, Any]) -> hypervisor_pb2.EgressEvent:
         duration=duration_pb2.Duration(seconds=nanos // 10**9, nanos=nanos % 10**9),
         detail={str(key): str(value) for key, value in found.get("detail", {}).items()},
     )
-
-
-def _rule(rule: Rule) -> common_pb2.EgressRule:
-    message = common_pb2.EgressRule(
-        ports=() if rule.ports == DEFAULT_PORTS else rule.ports,
-        addresses=[str(each) for each in rule.addresses],
-        tls=next(theirs for theirs, ours in _TLS.items() if ours == rule.tls),
-        protocol=common_pb2.EGRESS_PROTOCOL_UDP
-        if rule.protocol == "udp"
-        else common_pb2.EGRESS_PROTOCOL_UNSPECIFIED,
-    )
-    if rule.host:
-        message.host = rule.host
-    else:
-        message.cidr = str(rule.cidr)
-    return message

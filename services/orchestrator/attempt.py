@@ -32,6 +32,7 @@ from services.orchestrator.carry import (
     text_for_prompt,
 )
 from services.orchestrator.context import ERRORS, LABEL_INSTANCE, RESULT, RunContext
+from services.orchestrator.egress_log import EgressLog
 from services.orchestrator.engine import Outcome
 from services.orchestrator.execution import (
     KILLED_ABANDONED,
@@ -206,7 +207,13 @@ class Attempt:
                 box = await self._shared()
         else:
             await context.learn(
-                planned, box_id=self._box_id, exec_id="", boot_id="", kernel_release="", phases=()
+                planned,
+                box_id=self._box_id,
+                exec_id="",
+                boot_id="",
+                kernel_release="",
+                phases=(),
+                egress_offset=0,
             )
             box = await make_box(context, planned.name, self._box_id, planned.machine, self._phase)
         self._box_id = box.id
@@ -230,6 +237,12 @@ class Attempt:
 
     async def _while_alive(self, box_id: str, work: Coroutine[Any, Any, _T]) -> _T:
         """`work`, ended when the box dies; then the error says what died, not what that led to."""
+        if self._planned.machine.egress is not None:
+            async with EgressLog(self._context, self._planned, box_id):
+                return await self._unless_lost(box_id, work)
+        return await self._unless_lost(box_id, work)
+
+    async def _unless_lost(self, box_id: str, work: Coroutine[Any, Any, _T]) -> _T:
         peers = self._context.peers
         watcher = asyncio.create_task(peers.watch_box(box_id))
         worker = asyncio.create_task(work)

@@ -153,6 +153,9 @@ def entry_to_bytes(time: float, stage: str, entry: r.Entry) -> bytes:
             level = pb.NOTICE_LEVEL_WARNING if warning else pb.NOTICE_LEVEL_INFO
             event.notice.level = level
             event.notice.text = text
+        case r.Egress(data=data):
+            event.egress.MergeFromString(data)
+            event.time.CopyFrom(event.egress.time)
     return event.SerializeToString()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -18,6 +18,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from services.common.egress.wire import to_message
 from services.common.errors import (
     Cancelled,
     Internal,
@@ -257,6 +258,8 @@ class Peers:
             labels=labels,
             confinement=_confinement(machine),
         )
+        if machine.egress is not None:
+            config.egress.CopyFrom(to_message(machine.egress))
         if machine.auto_pause:
             config.auto_pause.seconds = machine.auto_pause
         for volume in machine.volumes:
@@ -327,6 +330,15 @@ class Peers:
                     raise
             # A stream that ends at once, again and again, must not keep this process busy.
             await asyncio.sleep(max(0.0, _WATCH_SECONDS - (time.monotonic() - began)))
+
+    async def read_egress(
+        self, box_id: str, offset: int, *, follow: bool
+    ) -> AsyncGenerator[tuple[int, list[bytes]], None]:
+        """What the box's gateway decided, from an offset on: batches, each with the offset after it."""
+        request = hypervisor_pb2.ReadEgressRequest(box_id=box_id, offset=offset, follow=follow)
+        seconds = None if follow else _SHORT_SECONDS
+        async for answer in _messages(self._hypervisor.ReadEgress(request, timeout=seconds)):
+            yield answer.next_offset, [event.SerializeToString() for event in answer.events]
 
     async def delete_box(self, box_id: str, seconds: float | None = None) -> None:
         """Kill a box and remove all that is left of it. Idempotent."""

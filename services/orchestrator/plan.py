@@ -11,6 +11,7 @@ import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from services.common.egress.policy import Policy
 from services.common.errors import InvalidInput
 from voidbox.spec.checks import dependencies, find_output, input_guest, stages_of
 from voidbox.spec.models import (
@@ -26,6 +27,7 @@ from voidbox.spec.models import (
     Limits,
     Llm,
     Mount,
+    Network,
     OnFailure,
     Pipeline,
     PullPolicy,
@@ -38,6 +40,7 @@ from voidbox.spec.models import (
     Volume,
     Workflow,
 )
+from voidbox.spec.network import policy_of
 
 # A pipeline's boxes at once are limited by the host's memory; a workflow's steps share one box.
 MAX_PARALLEL_STEPS = 32
@@ -63,6 +66,7 @@ class Machine:
     pull_policy: PullPolicy = PullPolicy.MISSING
     cold_boot: bool = False
     auto_pause: int = 0
+    egress: Policy | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +220,14 @@ def _output_from(spec: Spec, stages: tuple[PlannedStage, ...]) -> tuple[str, ...
     return tuple(stage.name for stage in stages if stage.group == last)
 
 
-def _machine(sandbox: Sandbox, box: BoxSandbox, extra: tuple[Mount, ...]) -> Machine:
+def _egress(network: Network | None, llm: Llm | None) -> Policy | None:
+    try:
+        return policy_of(network, llm)
+    except ValueError as error:  # the rules have been checked; an address of a model has not
+        raise InvalidInput(f"llm.base_url: {error}", reason="BAD_SPEC", field="llm.base_url") from error
+
+
+def _machine(sandbox: Sandbox, box: BoxSandbox, extra: tuple[Mount, ...], llm: Llm | None = None) -> Machine:
     return Machine(
         kernel=sandbox.kernel or "",
         initramfs=sandbox.initramfs or "",
@@ -233,6 +244,7 @@ def _machine(sandbox: Sandbox, box: BoxSandbox, extra: tuple[Mount, ...]) -> Mac
         volumes=(*sandbox.volumes, *box.volumes),
         pull_policy=box.pull_policy or sandbox.pull_policy,
         auto_pause=sandbox.auto_pause_secs,
+        egress=_egress(box.network or sandbox.network, llm),
     )
 
 
@@ -267,7 +279,7 @@ def _agent(spec: Spec, agent: Agent, extra: tuple[Mount, ...]) -> PlannedStage:
         name="agent",
         position=0,
         group=0,
-        machine=_machine(spec.sandbox, BoxSandbox(), extra),
+        machine=_machine(spec.sandbox, BoxSandbox(), extra, spec.llm),
         work=_work(agent, spec.llm),
         inputs=_inputs(agent.inputs, ()),
         output_file=_output_file(agent),
@@ -292,7 +304,7 @@ def _pipeline(spec: Spec, pipeline: Pipeline, extra: tuple[Mount, ...]) -> tuple
                     group=group,
                     depends_on=before,
                     carry_from=before,
-                    machine=_machine(spec.sandbox, box.sandbox, extra),
+                    machine=_machine(spec.sandbox, box.sandbox, extra, box.llm or spec.llm),
                     work=_work(box, box.llm or spec.llm),
                     inputs=_inputs(box.inputs, tuple(earlier)),
                     outputs=tuple(Collected(name=out.name, guest=out.guest) for out in box.outputs),

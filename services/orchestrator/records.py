@@ -80,6 +80,7 @@ class Facts:
     Attributes:
         start_time: When its first attempt started, seconds since the epoch; 0 if it has not.
         phases: (name, seconds) of the latest attempt.
+        egress_offset: How far the log of its box's gateway is in the run's.
     """
 
     box_id: str = ""
@@ -90,6 +91,7 @@ class Facts:
     end_time: float = 0.0
     usage: Usage = field(default_factory=Usage)
     phases: tuple[tuple[str, float], ...] = ()
+    egress_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +224,14 @@ class Notice:
     warning: bool = False
 
 
-Entry = RunMoved | StageMoved | Output | Progress | Said | ToolUsed | Used | Stored | Notice
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Egress:
+    """What the gateway of a stage's box decided: an `EgressEvent`, serialized."""
+
+    data: bytes
+
+
+Entry = RunMoved | StageMoved | Output | Progress | Said | ToolUsed | Used | Stored | Notice | Egress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,6 @@ def check_supported(spec: Spec) -> None:
 def _wishes(spec: Spec) -> Iterator[str]:
     if spec.sandbox.mode is SandboxMode.MOCK:
         yield "sandbox.mode: mock runs no machine, which this version does not offer; use auto"
-    yield from _network("sandbox", spec.sandbox.network)
     yield from _snapshot("sandbox", spec.sandbox.snapshot, spec.sandbox.image)
     if spec.observe is not None and spec.observe != Observe():
         yield "observe: telemetry export is not in this version; remove the block"
@@ -49,11 +48,6 @@ def _wishes(spec: Spec) -> Iterator[str]:
         yield from _agent(spec, spec.agent)
     for at, box in enumerate(spec.pipeline.boxes if spec.pipeline else ()):
         yield from _box(spec, box, f"pipeline.boxes[{at}]")
-
-
-def _network(place: str, network: bool | None) -> Iterator[str]:
-    if network:
-        yield f"{place}.network: boxes have no network in this version; remove it"
 
 
 def _snapshot(place: str, snapshot: str | None, image: str | None) -> Iterator[str]:
@@ -74,7 +68,6 @@ def _agent(spec: Spec, agent: Agent) -> Iterator[str]:
 
 
 def _box(spec: Spec, box: Box, place: str) -> Iterator[str]:
-    yield from _network(f"{place}.sandbox", box.sandbox.network)
     snapshot = box.sandbox.snapshot or spec.sandbox.snapshot
     yield from _snapshot(f"{place}.sandbox", snapshot, box.sandbox.image or spec.sandbox.image)
     if box.run is None:

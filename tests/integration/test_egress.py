@@ -100,7 +100,7 @@ async def attempts(client: Client, box: str, outside: World, only: list[str]) ->
     return found
 
 
-async def events(client: Client, box: str) -> list[pb.EgressEvent]:
+async def events(client: Client, box: str) -> list[common.EgressEvent]:
     """All events of a box so far."""
     request = pb.ReadEgressRequest(box_id=box)
     return [
@@ -108,7 +108,7 @@ async def events(client: Client, box: str) -> list[pb.EgressEvent]:
     ]
 
 
-async def until_event(client: Client, box: str, kind: str, wanted: str) -> pb.EgressEvent:
+async def until_event(client: Client, box: str, kind: str, wanted: str) -> common.EgressEvent:
     """The first event of a kind whose reason holds `wanted`."""
     request = pb.ReadEgressRequest(box_id=box, follow=True)
     async for answer in client.hypervisor.ReadEgress(request, timeout=120):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.egress_attempts import ATTEMPTS
 from voidbox.spec import parse_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,3 +52,10 @@ def test_every_make_target_that_is_named_exists() -> None:
     wrong = {(name, target) for name, target in named if target not in targets}
     # Words that follow "make" in plain sentences.
     assert {pair for pair in wrong if pair[1] not in {"one", "run", "it", "this", "the"}} == set()
+
+
+def test_every_attempt_on_the_network_is_published_with_how_it_ends() -> None:
+    text = (ROOT / "docs/security.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", text, re.M))
+    assert {name: rows.get(name) for name in ATTEMPTS} == ATTEMPTS
+    assert len(ATTEMPTS) >= 40

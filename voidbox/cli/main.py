@@ -34,6 +34,8 @@ _MODULES = {
     "box": "saved",
     "image": "image",
     "volume": "volume",
+    "egress": "egress",
+    "policy": "policy",
     "diff": "changes",
     "apply": "changes",
     "discard": "changes",

@@ -179,6 +179,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     _add_changes(add)
     _add_machine(add)
     _add_volume(add("volume", "Manage named disks that outlive boxes."), shared)
+    _add_egress(add, shared)
     _add_saved(add, shared)
     _add_image(add("image", "Manage images and the guest image."), shared)
     add("doctor", "Check whether this host can run boxes, and say what to do if not.")
@@ -327,6 +328,30 @@ def _add_volume(volume: Parser, shared: list[Parser]) -> None:
     add("ls", "List volumes.")
     remove = add("rm", "Remove volumes and all that is in them.")
     remove.add_argument("names", nargs="+", metavar="NAME", help="a volume that no box uses")
+
+
+def _add_egress(add: Callable[[str, str], Parser], shared: list[Parser]) -> None:
+    def group(name: str, text: str) -> Callable[[str, str], Parser]:
+        commands = add(name, text).add_subparsers(
+            dest=f"{name}_command", metavar="COMMAND", required=True, parser_class=Parser, help="what to do"
+        )
+        return lambda name, text: commands.add_parser(name, help=text, description=text, parents=shared)
+
+    log = group("egress", "See what boxes did on the network.")("log", "Print what the boxes of a run did.")
+    log.add_argument("run", metavar="RUN", help="run id")
+    log.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+    log.add_argument("--stage", metavar="NAME", help="only this stage")
+    log.add_argument("--denied", action="store_true", help="only what was denied")
+    policy = group("policy", "Understand and make network policies.")
+    explain = policy("explain", "Say what a spec's policy does with a URL, and why.")
+    explain.add_argument("--file", "-f", required=True, metavar="SPEC", help="spec file")
+    explain.add_argument("--stage", metavar="NAME", help="the box of a pipeline; else the top-level sandbox")
+    explain.add_argument(
+        "url", metavar="URL", help="e.g. https://pypi.org/simple, tcp://10.0.0.5:5432, a name"
+    )
+    learn = policy("learn", "Print the rules that a run would have needed.")
+    learn.add_argument("run", metavar="RUN", help="a run whose spec has sandbox.network.learn, or any other")
+    learn.add_argument("--stage", metavar="NAME", help="only this stage")
 
 
 def _add_saved(add: Callable[[str, str], Parser], shared: list[Parser]) -> None:

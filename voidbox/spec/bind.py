@@ -15,7 +15,7 @@ from voidbox.spec.model import Rules, is_required, key_name, rules_of
 from voidbox.spec.models import ENV_PATTERN, SkillRef, SkillType
 from voidbox.spec.nodes import Node, describe
 from voidbox.spec.problems import Path, Problem, render_path
-from voidbox.spec.shapes import Union, split_optional, union_of
+from voidbox.spec.shapes import SHORTHANDS, Union, split_optional, union_of
 
 _T = TypeVar("_T")
 _FAILED: Final = object()
@@ -106,6 +106,14 @@ class Binder:
             return self._list(node, typing.get_args(hint)[0], rules, path)
         if origin is not None and issubclass(origin, Mapping):
             return self._env(node, path)
+        short = SHORTHANDS.get(hint)
+        if short is not None and node.kind == short.kind:
+            try:
+                return short.make(node.value)
+            except ValueError as error:
+                return self._problem(node, path, str(error))
+        if short is not None and node.kind != "map":
+            return self._problem(node, path, f"expected {short.words} or a map, found {describe(node)}")
         if dataclasses.is_dataclass(hint):
             return self._object(node, typing.cast(type, hint), path, {})
         if isinstance(hint, type) and issubclass(hint, Enum):

@@ -19,6 +19,7 @@ from voidbox.spec.models import (
     Input,
     Kind,
     Mount,
+    Network,
     OutputInput,
     Pipeline,
     Program,
@@ -32,6 +33,7 @@ from voidbox.spec.models import (
     Volume,
     Workflow,
 )
+from voidbox.spec.network import rule_of
 from voidbox.spec.problems import Path
 
 Report = Callable[[Path, str], None]
@@ -50,6 +52,11 @@ def check(spec: Spec, report: Report) -> None:
     _mounts(spec.sandbox.mounts, ("sandbox", "mounts"), report)
     _disks(spec, report)
     _volumes(spec, report)
+    if spec.sandbox.network is not None:
+        _network(spec.sandbox.network, ("sandbox", "network"), report)
+    for at, box in enumerate(spec.pipeline.boxes if spec.pipeline is not None else ()):
+        if box.sandbox.network is not None:
+            _network(box.sandbox.network, ("pipeline", "boxes", at, "sandbox", "network"), report)
     if spec.agent is not None and spec.kind is Kind.AGENT:
         _agent(spec, spec.agent, report)
     if spec.pipeline is not None and spec.kind is Kind.PIPELINE:
@@ -75,6 +82,20 @@ def _disks(spec: Spec, report: Report) -> None:
     for at, box in enumerate(boxes):
         if box.sandbox.disk_mb is not None and image is None and box.sandbox.image is None:
             report(("pipeline", "boxes", at, "sandbox", "disk_mb"), _NO_DISK)
+
+
+def _network(network: Network, path: Path, report: Report) -> None:
+    for name in ("allow", "deny"):
+        for at, rule in enumerate(getattr(network, name)):
+            try:
+                rule_of(rule)
+            except ValueError as error:
+                report((*path, name, at), str(error))
+    for at, port in enumerate(network.host_ports):
+        if not 1 <= port <= 65535:
+            report((*path, "host_ports", at), f"{port} is not a port, 1 to 65535")
+    if not network.enabled and network != Network(enabled=False):
+        report(path, "rules for a network that is not enabled; remove `enabled: false`")
 
 
 def _volumes(spec: Spec, report: Report) -> None:

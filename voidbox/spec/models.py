@@ -154,6 +154,88 @@ class Volume:
     )
 
 
+class NetworkPreset(StrEnum):
+    """What a box may reach before any rule."""
+
+    NONE = "none"
+    LLM = "llm"
+    PACKAGES = "packages"
+    INTERNET = "internet"
+
+
+class RuleProtocol(StrEnum):
+    """Protocol of a rule's ports."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
+class RuleTls(StrEnum):
+    """What a TLS connection has to show."""
+
+    NAME = "name"
+    ANY = "any"
+    STRICT = "strict"
+
+
+@model
+class NetworkRule:
+    """What a box may reach, or may not: a name or a prefix, and ports. On one line: `name:443`."""
+
+    host: str | None = key('DNS name, "*." and a name for all below it, or "*".', default=None)
+    cidr: str | None = key(
+        "Address or prefix. It covers private and other special addresses only if it lies within their "
+        "range.",
+        default=None,
+    )
+    ports: tuple[int, ...] = key("Ports; 80 and 443 if empty, 0 for all.", default=())
+    protocol: RuleProtocol = key("Protocol of the ports.", default=RuleProtocol.TCP)
+    addresses: tuple[str, ...] = key(
+        "Private or other special addresses that `host` may have, as prefixes.", default=()
+    )
+    tls: RuleTls = key(
+        "What a TLS connection has to show: the name in the clear, nothing (any), or the name and no "
+        "encrypted hello besides (strict).",
+        default=RuleTls.NAME,
+    )
+
+
+@model
+class NetworkLimits:
+    """How much of its network a box may use; 0 means no limit."""
+
+    connections: int = key("Connections open at once.", default=256, minimum=1, maximum=20000)
+    new_per_second: int = key("New connections per second.", default=50, minimum=1, maximum=100000)
+    kb_per_second: int = key(
+        "KiB per second, both directions together.", default=0, minimum=0, maximum=1 << 30
+    )
+    total_mb: int = key(
+        "MiB in the box's life, both directions together.", default=0, minimum=0, maximum=1 << 30
+    )
+
+
+@model
+class Network:
+    """What a box may reach. `true` is the preset `internet`, `false` means no network device."""
+
+    preset: NetworkPreset = key(
+        "What is allowed besides the rules: nothing, the model's provider (llm), package registries and "
+        "forges (packages), or all public addresses (internet).",
+        default=NetworkPreset.NONE,
+    )
+    allow: tuple[NetworkRule, ...] = key("What is allowed.", default=())
+    deny: tuple[NetworkRule, ...] = key("What is denied although something allows it.", default=())
+    host_ports: tuple[int, ...] = key(
+        "Ports of the host's loopback that the box reaches at 10.0.2.2.", default=()
+    )
+    limits: NetworkLimits = key("How much it may use.", default_factory=NetworkLimits)
+    learn: bool = key(
+        "Allow all public addresses and record what was needed; `voidbox policy learn RUN` prints the rules.",
+        default=False,
+    )
+    enabled: bool = key("Whether there is a network device.", default=True)
+
+
 @model
 class Sandbox:
     """The machine that programs run in."""
@@ -170,7 +252,11 @@ class Sandbox:
         minimum=1,
         maximum=1 << 24,
     )
-    network: bool = key("Whether the box has a network device.", default=False)
+    network: Network | None = key(
+        "What the box may reach on the network: false (the default) for no network device, true for all "
+        "public addresses, or rules.",
+        default=None,
+    )
     env: Mapping[str, str] = key(
         "Environment of every program. An empty value copies the variable of that name from the client.",
         default_factory=dict,
@@ -220,7 +306,7 @@ class BoxSandbox:
     memory_mb: int | None = key("Guest memory in MiB.", default=None, minimum=16, maximum=1 << 24)
     vcpus: int | None = key("Virtual processors.", default=None, minimum=1, maximum=256)
     disk_mb: int | None = key("Size of the root disk in MiB.", default=None, minimum=1, maximum=1 << 24)
-    network: bool | None = key("Whether the box has a network device.", default=None)
+    network: Network | None = key("What this box may reach instead.", default=None)
     env: Mapping[str, str] = key("Environment, added to the top-level one.", default_factory=dict)
     mounts: tuple[Mount, ...] = key("Mounts, added to the top-level ones.", default=())
     volumes: tuple[Volume, ...] = key("Volumes, added to the top-level ones.", default=())

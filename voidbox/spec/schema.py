@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from voidbox.spec.model import Rules, is_required, key_name, rules_of
 from voidbox.spec.models import ENV_PATTERN, SkillType, Spec
-from voidbox.spec.shapes import Union, split_optional, union_of
+from voidbox.spec.shapes import SHORTHANDS, Union, split_optional, union_of
 
 _TABLE_HEAD: Final = "| Key | Value | Default | Meaning |\n|---|---|---|---|\n"
 _GENERATED: Final = "<!-- The rest of this file is made by `python -m voidbox.spec.schema docs`. -->\n"
@@ -79,7 +79,9 @@ def _plain(hint: Any, rules: Rules, definitions: dict[str, Any]) -> dict[str, An
         names = {"pattern": f"^{ENV_PATTERN}$"}
         return {"type": "object", "propertyNames": names, "additionalProperties": {"type": "string"}}
     if dataclasses.is_dataclass(hint):
-        return dict(_define(typing.cast(type, hint), definitions, {}))
+        shape = dict(_define(typing.cast(type, hint), definitions, {}))
+        short = SHORTHANDS.get(typing.cast(type, hint))
+        return shape if short is None else {"oneOf": [{"type": short.kind}, shape]}
     if issubclass(hint, Enum):
         return {"enum": [member.value for member in hint]}
     if hint is bool:

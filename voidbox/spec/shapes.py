@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from services.common.egress.text import parse_rule
 from voidbox.spec.models import (
     BoxStage,
     FanOutStage,
@@ -16,7 +17,11 @@ from voidbox.spec.models import (
     InlineSkill,
     Input,
     McpSkill,
+    Network,
+    NetworkPreset,
+    NetworkRule,
     OutputInput,
+    RuleProtocol,
     Skill,
     SkillRef,
     Stage,
@@ -46,6 +51,41 @@ UNIONS: Final[Mapping[frozenset[Any], Union]] = {
     ),
     frozenset(typing.get_args(Input)): Union(by_key={"from": OutputInput, "file": FileInput}),
     frozenset(typing.get_args(Stage)): Union(tag="type", by_tag={"box": BoxStage, "fan_out": FanOutStage}),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shorthand:
+    """A scalar that stands for a map.
+
+    Attributes:
+        kind: The scalar's kind: "boolean" or "string".
+        words: What to call such a scalar.
+        make: The object; raises ValueError with what is wrong.
+    """
+
+    kind: str
+    words: str
+    make: Callable[[Any], Any]
+
+
+def _network(value: bool) -> Network:
+    return Network(preset=NetworkPreset.INTERNET if value else NetworkPreset.NONE, enabled=value)
+
+
+def _network_rule(text: str) -> NetworkRule:
+    parts = parse_rule(text)
+    return NetworkRule(
+        host=parts.get("host"),
+        cidr=parts.get("cidr"),
+        ports=parts["ports"],
+        protocol=RuleProtocol(parts["protocol"]),
+    )
+
+
+SHORTHANDS: Final[Mapping[type, Shorthand]] = {
+    Network: Shorthand(kind="boolean", words="true or false", make=_network),
+    NetworkRule: Shorthand(kind="string", words="a rule like example.com:443", make=_network_rule),
 }
 
 

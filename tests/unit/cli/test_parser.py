@@ -15,6 +15,7 @@ from voidbox.cli.parser import build, parse
 EXPECTED_COMMANDS = {
     "run", "validate", "inspect", "exec", "cp", "ps", "logs", "stop", "rm", "image", "doctor", "up", "down",
     "stats", "console", "pause", "resume", "update", "port-forward", "volume", "status", "version",
+    "egress", "policy",
     "completion", "template", "snapshot", "fork", "box", "diff", "apply", "discard",
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ def test_every_example_is_valid_and_its_files_exist(path: Path) -> None:
 def test_defaults_are_those_of_the_reference() -> None:
     spec = parse_spec(AGENT, "s.yaml", "/base")
     assert (spec.api_version, spec.sandbox.memory_mb, spec.sandbox.vcpus) == ("v1", 1024, 1)
-    assert spec.sandbox.network is False
+    assert spec.sandbox.network is None
     assert spec.sandbox.mode is SandboxMode.AUTO
 
 

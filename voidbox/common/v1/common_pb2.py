@@ -22,35 +22,43 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evoidbox/common/v1/common.proto\x12\x11voidbox.common.v1\"+\n\x06\x44igest\x12\r\n\x05value\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"Z\n\x05Mount\x12\x11\n\thost_path\x18\x01 \x01(\t\x12\x12\n\nguest_path\x18\x02 \x01(\t\x12*\n\x04mode\x18\x03 \x01(\x0e\x32\x1c.voidbox.common.v1.MountMode\"@\n\tResources\x12\x12\n\nmemory_mib\x18\x01 \x01(\x05\x12\r\n\x05vcpus\x18\x02 \x01(\x05\x12\x10\n\x08\x64isk_mib\x18\x03 \x01(\x03\"r\n\x06Limits\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x11\n\tprocesses\x18\x02 \x01(\x05\x12\x12\n\ncpu_millis\x18\x03 \x01(\x05\x12\x12\n\nopen_files\x18\x04 \x01(\x05\x12\x17\n\x0f\x66ile_size_bytes\x18\x05 \x01(\x03\"R\n\x0b\x43onfinement\x12)\n\x06limits\x18\x01 \x01(\x0b\x32\x19.voidbox.common.v1.Limits\x12\x18\n\x10\x61llowed_programs\x18\x02 \x03(\t\"\x92\x02\n\x0c\x45gressPolicy\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12,\n\x05\x61llow\x18\x02 \x03(\x0b\x32\x1d.voidbox.common.v1.EgressRule\x12\x12\n\nhost_ports\x18\x03 \x03(\x05\x12\x17\n\x0fmax_connections\x18\x04 \x01(\x05\x12\"\n\x1amax_connections_per_second\x18\x05 \x01(\x05\x12\x18\n\x10max_egress_bytes\x18\x06 \x01(\x03\x12+\n\x04\x64\x65ny\x18\x07 \x03(\x0b\x32\x1d.voidbox.common.v1.EgressRule\x12\x1c\n\x14max_bytes_per_second\x18\x08 \x01(\x03\x12\r\n\x05learn\x18\t \x01(\x08\"\xb8\x01\n\nEgressRule\x12\x0e\n\x04host\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x63idr\x18\x02 \x01(\tH\x00\x12\r\n\x05ports\x18\x03 \x03(\x05\x12\x33\n\x08protocol\x18\x04 \x01(\x0e\x32!.voidbox.common.v1.EgressProtocol\x12\x11\n\taddresses\x18\x05 \x03(\t\x12)\n\x03tls\x18\x06 \x01(\x0e\x32\x1c.voidbox.common.v1.EgressTlsB\x08\n\x06target*t\n\tMountMode\x12\x1a\n\x16MOUNT_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14MOUNT_MODE_READ_ONLY\x10\x01\x12\x19\n\x15MOUNT_MODE_READ_WRITE\x10\x02\x12\x16\n\x12MOUNT_MODE_OVERLAY\x10\x03*c\n\x0e\x45gressProtocol\x12\x1f\n\x1b\x45GRESS_PROTOCOL_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45GRESS_PROTOCOL_TCP\x10\x01\x12\x17\n\x13\x45GRESS_PROTOCOL_UDP\x10\x02*R\n\tEgressTls\x12\x1a\n\x16\x45GRESS_TLS_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45GRESS_TLS_ANY\x10\x01\x12\x15\n\x11\x45GRESS_TLS_STRICT\x10\x02*U\n\tStdStream\x12\x1a\n\x16STD_STREAM_UNSPECIFIED\x10\x00\x12\x15\n\x11STD_STREAM_STDOUT\x10\x01\x12\x15\n\x11STD_STREAM_STDERR\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evoidbox/common/v1/common.proto\x12\x11voidbox.common.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"+\n\x06\x44igest\x12\r\n\x05value\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"Z\n\x05Mount\x12\x11\n\thost_path\x18\x01 \x01(\t\x12\x12\n\nguest_path\x18\x02 \x01(\t\x12*\n\x04mode\x18\x03 \x01(\x0e\x32\x1c.voidbox.common.v1.MountMode\"@\n\tResources\x12\x12\n\nmemory_mib\x18\x01 \x01(\x05\x12\r\n\x05vcpus\x18\x02 \x01(\x05\x12\x10\n\x08\x64isk_mib\x18\x03 \x01(\x03\"r\n\x06Limits\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x11\n\tprocesses\x18\x02 \x01(\x05\x12\x12\n\ncpu_millis\x18\x03 \x01(\x05\x12\x12\n\nopen_files\x18\x04 \x01(\x05\x12\x17\n\x0f\x66ile_size_bytes\x18\x05 \x01(\x03\"R\n\x0b\x43onfinement\x12)\n\x06limits\x18\x01 \x01(\x0b\x32\x19.voidbox.common.v1.Limits\x12\x18\n\x10\x61llowed_programs\x18\x02 \x03(\t\"\x92\x02\n\x0c\x45gressPolicy\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12,\n\x05\x61llow\x18\x02 \x03(\x0b\x32\x1d.voidbox.common.v1.EgressRule\x12\x12\n\nhost_ports\x18\x03 \x03(\x05\x12\x17\n\x0fmax_connections\x18\x04 \x01(\x05\x12\"\n\x1amax_connections_per_second\x18\x05 \x01(\x05\x12\x18\n\x10max_egress_bytes\x18\x06 \x01(\x03\x12+\n\x04\x64\x65ny\x18\x07 \x03(\x0b\x32\x1d.voidbox.common.v1.EgressRule\x12\x1c\n\x14max_bytes_per_second\x18\x08 \x01(\x03\x12\r\n\x05learn\x18\t \x01(\x08\"\xb8\x01\n\nEgressRule\x12\x0e\n\x04host\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x63idr\x18\x02 \x01(\tH\x00\x12\r\n\x05ports\x18\x03 \x03(\x05\x12\x33\n\x08protocol\x18\x04 \x01(\x0e\x32!.voidbox.common.v1.EgressProtocol\x12\x11\n\taddresses\x18\x05 \x03(\t\x12)\n\x03tls\x18\x06 \x01(\x0e\x32\x1c.voidbox.common.v1.EgressTlsB\x08\n\x06target\"\xe5\x02\n\x0b\x45gressEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\x08\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0c\n\x04port\x18\x06 \x01(\x05\x12\x0c\n\x04rule\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x12\n\nsent_bytes\x18\t \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\n \x01(\x03\x12+\n\x08\x64uration\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x06\x64\x65tail\x18\x0c \x03(\x0b\x32*.voidbox.common.v1.EgressEvent.DetailEntry\x1a-\n\x0b\x44\x65tailEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*t\n\tMountMode\x12\x1a\n\x16MOUNT_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14MOUNT_MODE_READ_ONLY\x10\x01\x12\x19\n\x15MOUNT_MODE_READ_WRITE\x10\x02\x12\x16\n\x12MOUNT_MODE_OVERLAY\x10\x03*c\n\x0e\x45gressProtocol\x12\x1f\n\x1b\x45GRESS_PROTOCOL_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45GRESS_PROTOCOL_TCP\x10\x01\x12\x17\n\x13\x45GRESS_PROTOCOL_UDP\x10\x02*R\n\tEgressTls\x12\x1a\n\x16\x45GRESS_TLS_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45GRESS_TLS_ANY\x10\x01\x12\x15\n\x11\x45GRESS_TLS_STRICT\x10\x02*U\n\tStdStream\x12\x1a\n\x16STD_STREAM_UNSPECIFIED\x10\x00\x12\x15\n\x11STD_STREAM_STDOUT\x10\x01\x12\x15\n\x11STD_STREAM_STDERR\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'voidbox.common.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MOUNTMODE']._serialized_start=920
-  _globals['_MOUNTMODE']._serialized_end=1036
-  _globals['_EGRESSPROTOCOL']._serialized_start=1038
-  _globals['_EGRESSPROTOCOL']._serialized_end=1137
-  _globals['_EGRESSTLS']._serialized_start=1139
-  _globals['_EGRESSTLS']._serialized_end=1221
-  _globals['_STDSTREAM']._serialized_start=1223
-  _globals['_STDSTREAM']._serialized_end=1308
-  _globals['_DIGEST']._serialized_start=53
-  _globals['_DIGEST']._serialized_end=96
-  _globals['_MOUNT']._serialized_start=98
-  _globals['_MOUNT']._serialized_end=188
-  _globals['_RESOURCES']._serialized_start=190
-  _globals['_RESOURCES']._serialized_end=254
-  _globals['_LIMITS']._serialized_start=256
-  _globals['_LIMITS']._serialized_end=370
-  _globals['_CONFINEMENT']._serialized_start=372
-  _globals['_CONFINEMENT']._serialized_end=454
-  _globals['_EGRESSPOLICY']._serialized_start=457
-  _globals['_EGRESSPOLICY']._serialized_end=731
-  _globals['_EGRESSRULE']._serialized_start=734
-  _globals['_EGRESSRULE']._serialized_end=918
+  _globals['_EGRESSEVENT_DETAILENTRY']._loaded_options = None
+  _globals['_EGRESSEVENT_DETAILENTRY']._serialized_options = b'8\001'
+  _globals['_MOUNTMODE']._serialized_start=1345
+  _globals['_MOUNTMODE']._serialized_end=1461
+  _globals['_EGRESSPROTOCOL']._serialized_start=1463
+  _globals['_EGRESSPROTOCOL']._serialized_end=1562
+  _globals['_EGRESSTLS']._serialized_start=1564
+  _globals['_EGRESSTLS']._serialized_end=1646
+  _globals['_STDSTREAM']._serialized_start=1648
+  _globals['_STDSTREAM']._serialized_end=1733
+  _globals['_DIGEST']._serialized_start=118
+  _globals['_DIGEST']._serialized_end=161
+  _globals['_MOUNT']._serialized_start=163
+  _globals['_MOUNT']._serialized_end=253
+  _globals['_RESOURCES']._serialized_start=255
+  _globals['_RESOURCES']._serialized_end=319
+  _globals['_LIMITS']._serialized_start=321
+  _globals['_LIMITS']._serialized_end=435
+  _globals['_CONFINEMENT']._serialized_start=437
+  _globals['_CONFINEMENT']._serialized_end=519
+  _globals['_EGRESSPOLICY']._serialized_start=522
+  _globals['_EGRESSPOLICY']._serialized_end=796
+  _globals['_EGRESSRULE']._serialized_start=799
+  _globals['_EGRESSRULE']._serialized_end=983
+  _globals['_EGRESSEVENT']._serialized_start=986
+  _globals['_EGRESSEVENT']._serialized_end=1343
+  _globals['_EGRESSEVENT_DETAILENTRY']._serialized_start=1298
+  _globals['_EGRESSEVENT_DETAILENTRY']._serialized_end=1343
 # @@protoc_insertion_point(module_scope)

@@ -1250,103 +1250,18 @@ class ReadEgressResponse(google.protobuf.message.Message):
     next_offset: builtins.int
     """Offset after the last of these events; start from there to go on."""
     @property
-    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___EgressEvent]:
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[voidbox.common.v1.common_pb2.EgressEvent]:
         """The events."""
 
     def __init__(
         self,
         *,
         next_offset: builtins.int = ...,
-        events: collections.abc.Iterable[global___EgressEvent] | None = ...,
+        events: collections.abc.Iterable[voidbox.common.v1.common_pb2.EgressEvent] | None = ...,
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["events", b"events", "next_offset", b"next_offset"]) -> None: ...
 
 global___ReadEgressResponse = ReadEgressResponse
-
-@typing.final
-class EgressEvent(google.protobuf.message.Message):
-    """One decision of a box's gateway, or the end of what was allowed."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    @typing.final
-    class DetailEntry(google.protobuf.message.Message):
-        DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: builtins.int
-        VALUE_FIELD_NUMBER: builtins.int
-        key: builtins.str
-        value: builtins.str
-        def __init__(
-            self,
-            *,
-            key: builtins.str = ...,
-            value: builtins.str = ...,
-        ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
-
-    TIME_FIELD_NUMBER: builtins.int
-    KIND_FIELD_NUMBER: builtins.int
-    ALLOWED_FIELD_NUMBER: builtins.int
-    NAME_FIELD_NUMBER: builtins.int
-    ADDRESS_FIELD_NUMBER: builtins.int
-    PORT_FIELD_NUMBER: builtins.int
-    RULE_FIELD_NUMBER: builtins.int
-    REASON_FIELD_NUMBER: builtins.int
-    SENT_BYTES_FIELD_NUMBER: builtins.int
-    RECEIVED_BYTES_FIELD_NUMBER: builtins.int
-    DURATION_FIELD_NUMBER: builtins.int
-    DETAIL_FIELD_NUMBER: builtins.int
-    kind: builtins.str
-    """What it is about: dns, tcp, closed (the end of a connection), udp, icmp, gateway, http, secret, meter."""
-    allowed: builtins.bool
-    """What was decided."""
-    name: builtins.str
-    """DNS name; empty if none is known."""
-    address: builtins.str
-    """Address; for an answered question, all addresses with spaces between."""
-    port: builtins.int
-    """Port; 0 if there is none."""
-    rule: builtins.str
-    """The rule that decided."""
-    reason: builtins.str
-    """Why not, in words."""
-    sent_bytes: builtins.int
-    """Bytes from the box."""
-    received_bytes: builtins.int
-    """Bytes to the box."""
-    @property
-    def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When."""
-
-    @property
-    def duration(self) -> google.protobuf.duration_pb2.Duration:
-        """How long it was open."""
-
-    @property
-    def detail(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """What only this kind has."""
-
-    def __init__(
-        self,
-        *,
-        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
-        kind: builtins.str = ...,
-        allowed: builtins.bool = ...,
-        name: builtins.str = ...,
-        address: builtins.str = ...,
-        port: builtins.int = ...,
-        rule: builtins.str = ...,
-        reason: builtins.str = ...,
-        sent_bytes: builtins.int = ...,
-        received_bytes: builtins.int = ...,
-        duration: google.protobuf.duration_pb2.Duration | None = ...,
-        detail: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
-    ) -> None: ...
-    def HasField(self, field_name: typing.Literal["duration", b"duration", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "allowed", b"allowed", "detail", b"detail", "duration", b"duration", "kind", b"kind", "name", b"name", "port", b"port", "reason", b"reason", "received_bytes", b"received_bytes", "rule", b"rule", "sent_bytes", b"sent_bytes", "time", b"time"]) -> None: ...
-
-global___EgressEvent = EgressEvent
 
 @typing.final
 class ForwardPortRequest(google.protobuf.message.Message):

@@ -487,6 +487,7 @@ class Event(google.protobuf.message.Message):
     USAGE_FIELD_NUMBER: builtins.int
     ARTIFACT_FIELD_NUMBER: builtins.int
     NOTICE_FIELD_NUMBER: builtins.int
+    EGRESS_FIELD_NUMBER: builtins.int
     offset: builtins.int
     """Its offset in the log, from 0."""
     stage: builtins.str
@@ -531,6 +532,10 @@ class Event(google.protobuf.message.Message):
     def notice(self) -> global___Notice:
         """Something that a user should know."""
 
+    @property
+    def egress(self) -> voidbox.common.v1.common_pb2.EgressEvent:
+        """A box's gateway decided something."""
+
     def __init__(
         self,
         *,
@@ -546,10 +551,11 @@ class Event(google.protobuf.message.Message):
         usage: global___Usage | None = ...,
         artifact: global___Artifact | None = ...,
         notice: global___Notice | None = ...,
+        egress: voidbox.common.v1.common_pb2.EgressEvent | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["agent_message", b"agent_message", "artifact", b"artifact", "event", b"event", "notice", b"notice", "output", b"output", "progress", b"progress", "run_state", b"run_state", "stage_state", b"stage_state", "time", b"time", "tool_call", b"tool_call", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["agent_message", b"agent_message", "artifact", b"artifact", "event", b"event", "notice", b"notice", "offset", b"offset", "output", b"output", "progress", b"progress", "run_state", b"run_state", "stage", b"stage", "stage_state", b"stage_state", "time", b"time", "tool_call", b"tool_call", "usage", b"usage"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["run_state", "stage_state", "output", "progress", "agent_message", "tool_call", "usage", "artifact", "notice"] | None: ...
+    def HasField(self, field_name: typing.Literal["agent_message", b"agent_message", "artifact", b"artifact", "egress", b"egress", "event", b"event", "notice", b"notice", "output", b"output", "progress", b"progress", "run_state", b"run_state", "stage_state", b"stage_state", "time", b"time", "tool_call", b"tool_call", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["agent_message", b"agent_message", "artifact", b"artifact", "egress", b"egress", "event", b"event", "notice", b"notice", "offset", b"offset", "output", b"output", "progress", b"progress", "run_state", b"run_state", "stage", b"stage", "stage_state", b"stage_state", "time", b"time", "tool_call", b"tool_call", "usage", b"usage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["run_state", "stage_state", "output", "progress", "agent_message", "tool_call", "usage", "artifact", "notice", "egress"] | None: ...
 
 global___Event = Event
 
