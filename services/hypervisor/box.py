@@ -109,9 +109,12 @@ class Box:
         Raises:
             VoidboxError: why the machine ended first.
         """
-        assert self.machine is not None
+        machine = self.machine  # once it has ended, it is let go of
+        if machine is None:
+            work.close()
+            raise await self._died() or self.wrong_state("running")
         task = asyncio.create_task(work)
-        end = asyncio.create_task(self.machine.ended.wait())
+        end = asyncio.create_task(machine.ended.wait())
         try:
             await asyncio.wait({task, end}, return_when=asyncio.FIRST_COMPLETED)
             if task.done() and task.exception() is not None and not isinstance(task.exception(), TimedOut):
@@ -119,9 +122,11 @@ class Box:
                 await asyncio.wait({end}, timeout=END_NOTICE_SECONDS)
             if not end.done() or (task.done() and task.exception() is None):
                 return task.result()
+            if self.record.ready_time and (died := await self._died()):
+                raise died
             config = self.record.config
             raise failure.boot_failure(
-                self.id, config.kernel_path, config.resources.memory_mib, self.machine.remains()
+                self.id, config.kernel_path, config.resources.memory_mib, machine.remains()
             )
         finally:
             for each in (task, end):
@@ -261,11 +266,13 @@ class Box:
     async def _go_on(self) -> None:
         """Let a paused machine run, with the right time; the caller holds the lock."""
         assert self.machine is not None
-        await self.machine.resume()
+        await self.unless_ended(self.machine.resume())
         if self.agent is not None:
             try:
                 await self.unless_ended(self.agent.set_clock())
             except VoidboxError as error:
+                if not self.runs:
+                    raise
                 # It may hang since before it was paused; that must not keep it from being stopped.
                 log.warning("box %s: its clock is late by the pause: %s", self.id, error.message)
         self.update(state=BoxState.RUNNING, auto_paused=False)
@@ -337,7 +344,7 @@ class Box:
                 return
             if self.record.state is not BoxState.RUNNING or self.machine is None:
                 raise self.wrong_state("running")
-            await self.machine.pause()
+            await self.unless_ended(self.machine.pause())
             self.update(state=BoxState.PAUSED)
 
     async def resume(self) -> None:
@@ -396,7 +403,7 @@ class Box:
             try:
                 await self.unless_ended(machine.capture(into, layers, stand_still))
             finally:
-                if began:
+                if began and self.runs:
                     if self.record.config.egress:
                         await self.unless_ended(guest.configure_network())
                     await self.unless_ended(guest.freeze(False))
@@ -434,6 +441,13 @@ class Box:
         Raises:
             Unavailable: its processes do not end.
         """
+        rests = await self._rests_within(grace)
+        # Another stop has a grace of its own.
+        other_stop = self.record.state is BoxState.STOPPING and grace > 0
+        if not rests and not other_stop and self.machine is not None:
+            # What is under way may hang with the guest, for minutes; it ends with the machine.
+            self._asked = why
+            await self.machine.kill(gently=False)
         async with self.operation:
             machine = self.machine
             if not self.record.state.alive or machine is None:
@@ -450,6 +464,16 @@ class Box:
                 await self._ask_guest(self.agent, machine, grace)
             await machine.kill(gently=grace > 0)
             await self.ended.wait()
+
+    async def _rests_within(self, seconds: float) -> bool:
+        """Whether no operation is under way, or the one that is ends in so many seconds."""
+        try:
+            async with asyncio.timeout(seconds if self.operation.locked() else None):
+                await self.operation.acquire()
+        except TimeoutError:
+            return False
+        self.operation.release()
+        return True
 
     async def _ask_guest(self, guest: Guest, machine: Machine, grace: float) -> None:
         with contextlib.suppress(TimeoutError):

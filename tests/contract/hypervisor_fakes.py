@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from services.common.errors import NotFound, VoidboxError, WrongState, abort
+from services.common.errors import NotFound, Unavailable, VoidboxError, WrongState, abort
 from services.hypervisor import claim, console, console_ring, layout
 from services.hypervisor.driver import Machine, MachinePlan
 from services.hypervisor.failure import Remains
@@ -101,6 +101,7 @@ class FakeMachine:
         self.vmm_pid = os.getpid()
         self.guest = guest
         self.directory = directory
+        self.dies_when_asked = False
         self._end = Remains(recorded=True, exit_code=0)
         self._paused = False
         self.cpu: Callable[[], float] = lambda: 0.0
@@ -125,10 +126,18 @@ class FakeMachine:
     def guest_channel(self) -> grpc.aio.Channel:
         return claim.guest_channel(self._directory_fd, layout.GUEST_SOCKET)
 
+    async def _asked(self) -> None:
+        if self.dies_when_asked:
+            self.end(Remains(recorded=True, exit_signal=9))
+            await self.ended.wait()
+            raise Unavailable("QEMU's monitor: Connection reset by peer", reason="QMP_CLOSED")
+
     async def pause(self) -> None:
+        await self._asked()
         self._paused = True
 
     async def resume(self) -> None:
+        await self._asked()
         self._paused = False
 
     async def paused(self) -> bool:
@@ -146,6 +155,7 @@ class FakeMachine:
 
     async def capture(self, into: Saved, layers: Path, before: Callable[[], Awaitable[None]]) -> None:
         await before()
+        await self._asked()
         for path in self.directory.glob("*.qcow2"):
             (layers / path.name).write_bytes(path.read_bytes())
         await self.save(into)
@@ -208,8 +218,12 @@ class FakeDriver:
         console_ring.Writer(fd).append(b"hello from the console\n")
         os.close(fd)
         machine = FakeMachine(plan.directory, self.guest())  # type: ignore[abstract]
-        on_spawned(0, 0)
-        await machine.serve()
+        try:
+            on_spawned(0, 0)
+            await machine.serve()
+        except BaseException:
+            await machine.close()
+            raise
         plan.note("spawn")
         self.machines[plan.box_id] = machine
         return machine

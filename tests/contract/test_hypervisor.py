@@ -23,6 +23,7 @@ from services.common.errors import (
     WrongState,
 )
 from services.common.paths import Paths
+from services.hypervisor import box as box_module
 from services.hypervisor.__main__ import running
 from services.hypervisor.config import Config
 from services.hypervisor.egress.audit import AuditLog, Event
@@ -699,11 +700,14 @@ async def test_a_tunnel_of_a_box_that_dies_ends_with_its_reason(service: Harness
     call.cancel()
 
 
-async def test_what_the_guest_says_is_unavailable_is_not_taken_for_the_boxs_end(service: Harness) -> None:
+async def test_what_the_guest_says_is_unavailable_is_not_taken_for_the_boxs_end(
+    service: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(box_module, "END_NOTICE_SECONDS", 3600.0)  # it would be waited for
     await service.create("b")
     service.driver.machines["b"].guest.broken = Unavailable("nobody listens", reason="PORT_CLOSED")
     call = service.guest.GetGuest(guest_pb2.GetGuestRequest(), metadata=((BOX_KEY, "b"),))
-    async with asyncio.timeout(1.5):
+    async with asyncio.timeout(120):
         error = await refused(call)
     assert (type(error), error.reason) == (Unavailable, "PORT_CLOSED")
 
@@ -744,3 +748,28 @@ async def test_one_state_directory_has_one_owner(service: Harness, tmp_path: Pat
     with pytest.raises(WrongState, match="another hypervisor owns"):
         async with running(Config(), paths):
             pass
+
+
+@pytest.mark.parametrize("operation", ["pause", "resume", "snapshot", "fork"])
+async def test_a_machine_that_dies_of_what_it_is_asked_is_said_to_have_died(
+    service: Harness, operation: str
+) -> None:
+    await service.create("b")
+    if operation == "resume":
+        await service.hypervisor.PauseBox(pb.PauseBoxRequest(box_id="b"))
+    service.driver.machines["b"].dies_when_asked = True
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "pause": lambda: service.hypervisor.PauseBox(pb.PauseBoxRequest(box_id="b"), timeout=60),
+        "resume": lambda: service.hypervisor.ResumeBox(pb.ResumeBoxRequest(box_id="b"), timeout=60),
+        "snapshot": lambda: service.hypervisor.CreateSnapshot(
+            pb.CreateSnapshotRequest(box_id="b", name="s"), timeout=60
+        ),
+        "fork": lambda: service.hypervisor.ForkBox(pb.ForkBoxRequest(box_id="b", fork_ids=["c"]), timeout=60),
+    }
+    error = await refused(calls[operation]())
+    assert (type(error), error.reason) == (Unavailable, "BOX_DIED")
+    assert "SIGKILL" in error.message
+    assert (await service.get("b")).state == pb.BOX_STATE_FAILED
+    listed = await service.hypervisor.ListSnapshots(pb.ListSnapshotsRequest())
+    assert not listed.snapshots
+    assert isinstance(await refused(service.get("c")), NotFound)
