@@ -29,6 +29,7 @@ from services.common.supervision import FD_VARIABLE, READY
 from services.hypervisor import console
 from services.hypervisor.layout import Layout
 from services.imager.guest_store import GuestImage, load_guest_image
+from tests.soak import census
 from voidbox.guest.v1 import guest_pb2, guest_pb2_grpc
 from voidbox.hypervisor.v1 import hypervisor_pb2, hypervisor_pb2_grpc
 
@@ -177,25 +178,21 @@ class HypervisorProcess:
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    def restart(self) -> None:
-        """Start it again after `kill` or `stop`."""
+    def restart(self, flags: Sequence[str] | None = None) -> None:
+        """Start it again after `kill` or `stop`, this once with other flags if some are given."""
+        mine = self._flags
+        self._flags = mine if flags is None else [*flags]
         self.start()
+        self._flags = mine
 
     def box_processes(self) -> list[int]:
-        """Processes that still have one of our box directories open or mapped, or run in one."""
-        needle = str(self.layout.boxes)
-        found = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdecimal() or int(entry.name) == os.getpid():
-                continue
-            with contextlib.suppress(OSError):
-                if any(os.readlink(link).startswith(needle) for link in (entry / "fd").iterdir()):
-                    found.append(int(entry.name))
-        return found
+        """Processes that still have one of our boxes' files open, or run in their directory."""
+        return census.holding(self.layout.boxes)
 
     def assert_nothing_runs(self) -> None:
         """No process, socket or file of any box is left."""
-        assert self.box_processes() == []
+        held = {pid: census.held(pid, self.layout.boxes) for pid in self.box_processes()}
+        assert not held, held
         left = [str(path) for path in self.layout.boxes.rglob("*")] if self.layout.boxes.exists() else []
         assert left == []
 

@@ -56,17 +56,22 @@ async def boot_into(box: Box, driver: Driver, plan: MachinePlan, into: Saved, se
         raise failure.boot_timeout(box.id, seconds, machine.remains())
 
 
-async def wait_in_pool(box: Box, driver: Driver, plan: MachinePlan, seconds: float) -> None:
+async def wait_in_pool(box: Box, driver: Driver, plan: MachinePlan, seconds: float) -> bytes:
     """Restore a machine that nobody has claimed, and stop it once its agent has answered.
+
+    Returns:
+        The secret that its guest obeys until it is claimed.
 
     Raises:
         VoidboxError: it did not come up; call `destroy`.
     """
+    secret = secrets.token_bytes(SECRET_BYTES)
     box.machine = machine = await driver.start(plan, box.spawned)
     box.update(vmm_pid=machine.vmm_pid)
-    box.agent = guest = Guest(machine.guest_channel(), secrets.token_bytes(SECRET_BYTES))
+    box.agent = guest = Guest(machine.guest_channel(), secret)
     await box.unless_ended(guest.rehearse(seconds, plan.former))
     await box.unless_ended(machine.pause())
+    return secret
 
 
 async def wait_ready(box: Box, driver: Driver, plan: MachinePlan, seconds: float) -> None:
@@ -183,3 +188,15 @@ async def adopt(box: Box, driver: Driver) -> None:
     if (state, auto_paused) != (box.record.state, box.record.auto_paused):
         box.update(state=state, auto_paused=auto_paused)
     box.serve(machine)
+
+
+async def adopt_waiting(box: Box, driver: Driver, secret: bytes) -> None:
+    """Find the machine of this record again, which waits in the pool.
+
+    Raises:
+        VoidboxError: it is gone, or does not wait; call `destroy`.
+    """
+    box.machine = machine = await driver.adopt(box.record, box.directory)
+    box.agent = Guest(machine.guest_channel(), secret)
+    if not await machine.paused():
+        raise Internal(f"machine {box.id} runs, though nobody has claimed it", reason="NOT_WAITING")

@@ -10,13 +10,14 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from services.common.errors import Internal, VoidboxError, WrongState
-from services.hypervisor import bringup, disks, prepare, record, saved
+from services.common.errors import Exhausted, Internal, VoidboxError, WrongState
+from services.hypervisor import adoption, bringup, disks, prepare, record, saved
+from services.hypervisor.adoption import Waiting
 from services.hypervisor.box import Box
 from services.hypervisor.changes import ChangeStore
 from services.hypervisor.claim import Identity
@@ -86,6 +87,8 @@ class Launcher:
         self._free_cid = free_cid
         self._check_room = check_room
         self.machines: dict[str, Box] = {}
+        # Those of them that are being ended, or are a box's already: its room is theirs.
+        self.leaving: set[Box] = set()
         # What machines that were started ahead are to be restored from.
         self._origins: dict[str, Saved] = {}
         self.templates = Templates(layout)
@@ -187,8 +190,10 @@ class Launcher:
         `machine` is what one that was only started is restored from.
         """
         box = launch.box
+        self.leaving.add(taken)
         try:
             taken.directory.rename(box.directory)
+            adoption.take_note(box.directory)
             box.begin(accelerator=launch.accelerator, transport=launch.transport, origin=origin)
             await self._run(launch, machine, taken)
         except VoidboxError as error:
@@ -314,7 +319,7 @@ class Launcher:
         kind: str,
         key: Key,
         config: BoxConfig,
-        wait: Callable[[Box, Driver, MachinePlan, float], Awaitable[None]],
+        wait: Callable[[Box, Driver, MachinePlan, float], Awaitable[bytes | None]],
     ) -> Box:
         """A machine that waits for a box.
 
@@ -354,11 +359,30 @@ class Launcher:
                     saved=template,
                 )
                 self._origins[box.id] = template.copy()
-                await wait(box, launch.driver, plan, launch.left())
+                secret = await wait(box, launch.driver, plan, launch.left())
+                if secret is not None:
+                    adoption.note(box.directory, key.id, secret)
             except BaseException:
                 await self._end(box)
                 raise
         return box
+
+    async def take_up(self, waiting: Sequence[Waiting]) -> None:
+        """Put machines that an earlier service left in its pool into this one, as far as it has room."""
+        driver = self._driver(None)
+        for each in waiting:
+            box = Box(each.record, each.directory, lambda _: None)
+            self.machines[box.id] = box
+            try:
+                if not self.pool.has_room(each.template_id):
+                    raise Exhausted("the pool is full", reason="POOL_FULL")
+                await bringup.adopt_waiting(box, driver, each.secret)
+            except VoidboxError as error:
+                log.info("machine %s does not wait any longer: %s", box.id, error.message)
+                await asyncio.to_thread(adoption.end, each.directory)
+                await self._end(box)
+            else:
+                self.pool.put(each.template_id, box)
 
     # Boxes that run
 
@@ -438,14 +462,19 @@ class Launcher:
             box, deadline, Phases(), found, self._driver(found), accelerator, self._prober.transport()
         )
 
-    async def _end(self, box: Box) -> None:
-        """End a machine that is no box, and remove all of it."""
+    def _end(self, box: Box) -> Awaitable[None]:
+        """End a machine that is no box, and remove all of it; from this call on it takes nobody's room."""
+        self.leaving.add(box)
+        return self._end_now(box)
+
+    async def _end_now(self, box: Box) -> None:
         try:
             await box.destroy("it is not needed any more")
         except VoidboxError as error:
             log.error("machine %s: %s", box.id, error)
         await asyncio.to_thread(shutil.rmtree, box.directory, ignore_errors=True)
         self.machines.pop(box.id, None)
+        self.leaving.discard(box)
         if (origin := self._origins.pop(box.id, None)) is not None:
             origin.close()
 

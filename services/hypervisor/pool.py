@@ -2,14 +2,14 @@
 
 A machine in the pool holds nothing of any box: it has been restored, has answered once, and stands
 still. A second pool of the same kind is of machines that were started, confined, and not restored yet.
-Both belong to the service and end with it; boxes never wait for a pool to be filled.
+Both belong to the service and end with it in order; what waits restored outlives one that is killed
+(`services.hypervisor.adoption`). Boxes never wait for a pool to be filled.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -34,9 +34,6 @@ class Bounds:
 class _Shelf:
     """The machines of one template."""
 
-    key: Key
-    config: BoxConfig
-    used: float
     waiting: list[Box] = field(default_factory=list)
     filling: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
@@ -92,15 +89,29 @@ class Pool:
         """Note that boxes are made from this template, and fill its place in the pool in the background."""
         if self._bounds.size <= 0:
             return
-        shelf = self._shelves.get(key.id)
-        if shelf is None:
-            shelf = self._shelves[key.id] = _Shelf(key, config, time.monotonic())
-        shelf.used = time.monotonic()
-        self._set_timer(shelf)
+        shelf = self._shelf(key.id)
         if shelf.filling is None or shelf.filling.done():
-            shelf.filling = asyncio.create_task(self._fill(shelf), name=f"pool {key.id}")
+            shelf.filling = asyncio.create_task(self._fill(shelf, key, config), name=f"pool {key.id}")
 
-    async def _fill(self, shelf: _Shelf) -> None:
+    def has_room(self, template_id: str) -> bool:
+        """Whether one more machine of the template may wait."""
+        return self.count(template_id) < self._bounds.size and self._taken_mib() < self._bounds.memory_mib
+
+    def put(self, template_id: str, box: Box) -> None:
+        """Take up a machine that has waited before; it waits as long as if it had just been wanted."""
+        self._shelf(template_id).waiting.append(box)
+        log.info("machine %s goes on waiting in the pool", box.id)
+
+    def _shelf(self, template_id: str) -> _Shelf:
+        """The template's shelf, used just now."""
+        shelf = self._shelves.setdefault(template_id, _Shelf())
+        if shelf.timer is not None:
+            shelf.timer.cancel()
+        loop = asyncio.get_running_loop()
+        shelf.timer = loop.call_later(self._bounds.idle_seconds, self.forget, template_id)
+        return shelf
+
+    async def _fill(self, shelf: _Shelf, key: Key, config: BoxConfig) -> None:
         while len(shelf.waiting) < self._bounds.size:
             await self._quiet()
             async with self._one_at_a_time:
@@ -109,21 +120,15 @@ class Pool:
                     log.info("the pool has %d MiB of %d; it stays as it is", taken, self._bounds.memory_mib)
                     return
                 try:
-                    box = await self._make(shelf.key, shelf.config)
+                    box = await self._make(key, config)
                 except (VoidboxError, OSError) as error:
-                    log.warning("the pool of template %s is not filled: %s", shelf.key.id, error)
+                    log.warning("the pool of template %s is not filled: %s", key.id, error)
                     return
                 shelf.waiting.append(box)
                 log.info("machine %s waits", box.id)
 
     def _taken_mib(self) -> int:
         return sum(box.usage().proportional for box in self.boxes) >> 20
-
-    def _set_timer(self, shelf: _Shelf) -> None:
-        if shelf.timer is not None:
-            shelf.timer.cancel()
-        loop = asyncio.get_running_loop()
-        shelf.timer = loop.call_later(self._bounds.idle_seconds, self.forget, shelf.key.id)
 
     def forget(self, template_id: str) -> None:
         """End the machines of a template. Idempotent."""

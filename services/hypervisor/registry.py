@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import os
 import secrets
-import shutil
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from services.common.errors import (
     VoidboxError,
     WrongState,
 )
-from services.hypervisor import admission, bringup, prepare, record, volumes
+from services.hypervisor import admission, adoption, bringup, prepare, record, volumes
 from services.hypervisor.admission import Host
 from services.hypervisor.box import DEFAULT_STOP_GRACE, Box
 from services.hypervisor.change_meter import ChangeMeter
@@ -114,7 +112,7 @@ class Registry:
     async def __aenter__(self) -> Registry:
         self._layout.make()
         await asyncio.to_thread(self._layout.empty_trash)
-        await asyncio.to_thread(_end_machines, self._layout)
+        waiting = await asyncio.to_thread(adoption.find, self._layout)
         await asyncio.to_thread(self.launcher.templates.clean)
         await asyncio.to_thread(self.launcher.snapshots.clean)
         await asyncio.to_thread(self.launcher.volumes.clean)
@@ -127,6 +125,7 @@ class Registry:
             for box in self._boxes.values():
                 if box.record.state.alive:
                     group.create_task(self._take_up(box))
+        await self.launcher.take_up(waiting)
         return self
 
     def _read(self, box_id: str) -> BoxRecord | None:
@@ -193,8 +192,10 @@ class Registry:
         ]
 
     def room(self) -> tuple[Host, admission.Room]:
-        """The host and the room left on it."""
+        """The host and the room left on it; what is being ended gives its memory back within an instant."""
         host = Host.measure()
+        back = sum(box.resident_mib() for box in self.launcher.leaving)
+        host = dataclasses.replace(host, available_mib=min(host.memory_mib, host.available_mib + back))
         return host, admission.room(host, self._living(), self._overcommit)
 
     async def create_volume(self, name: str, size_mib: int) -> Volume:
@@ -328,20 +329,17 @@ class Registry:
         try:
             admission.check_room(config.resources, host, left, self._overcommit)
         except Exhausted:
-            released = [] if waits else self.launcher.clear_waiting()
-            if not released:
+            if waits or not self.launcher.clear_waiting():
                 raise
-            back = sum(box.resident_mib() for box in released)
-            host = dataclasses.replace(host, available_mib=host.available_mib + back)
-            left = admission.room(host, self._living(without=released), self._overcommit)
+            host, left = self.room()
             admission.check_room(config.resources, host, left, self._overcommit)
 
-    def _living(self, without: Collection[Box] = ()) -> list[tuple[BoxRecord, int]]:
-        machines = (*self._boxes.values(), *self.launcher.machines.values())
+    def _living(self) -> list[tuple[BoxRecord, int]]:
+        staying = (box for box in self.launcher.machines.values() if box not in self.launcher.leaving)
         return [
             (box.record, box.resident_mib())
-            for box in machines
-            if box.record.state.alive and box not in without
+            for box in (*self._boxes.values(), *staying)
+            if box.record.state.alive
         ]
 
     async def _quiet(self) -> None:
@@ -454,16 +452,6 @@ class Registry:
         return self.watchers.follow([box.record for box in present], box_id)
 
 
-def _end_machines(layout: Layout) -> None:
-    """End and remove the machines of an earlier service that are no boxes. Blocks."""
-    for entry in list(os.scandir(layout.machines)):
-        with contextlib.suppress(OSError, VoidboxError):
-            found = record.load(Path(entry.path))
-            if found.shim_pid and found.host_boot_id == host_boot_id():
-                kill_now(found.shim_pid, found.shim_start)
-        shutil.rmtree(entry.path, ignore_errors=True)
-
-
 def reap(state: Path) -> list[str]:
     """End and remove all boxes below a state directory that no service holds. Blocks.
 
@@ -488,6 +476,6 @@ def reap(state: Path) -> list[str]:
                     raise Internal(f"box {box_id}: process {found.shim_pid} does not end", reason="STUCK")
                 killed.append(box_id)
             layout.remove(box_id)
-        _end_machines(layout)
+        adoption.end_all(layout)
         layout.empty_trash()
     return killed

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import select
+import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from services.common import process
-from services.hypervisor import record
+from services.hypervisor import adoption, layout, record
 from services.hypervisor.inotify import FileWatch
 from tests.vm import Client, HypervisorProcess, box_config
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
@@ -54,7 +57,7 @@ def waiting(service: HypervisorProcess) -> Iterator[Callable[[], None]]:
     pidfd = os.pidfd_open(record.load(directory).vmm_pid)
 
     def its_end() -> None:
-        assert select.select([pidfd], [], [], 10)[0], "it still runs"
+        assert select.select([pidfd], [], [], 60)[0], "it still runs"
 
     assert not select.select([pidfd], [], [], 0)[0]
     yield its_end
@@ -101,24 +104,65 @@ async def test_a_box_from_the_pool_gets_its_disks(
     await pooling.delete("disks")
 
 
-async def test_a_box_from_the_pool_outlives_the_service_and_what_waits_does_not(
+async def test_boxes_and_what_waits_outlive_a_service_that_is_killed(
     service: HypervisorProcess, pooling: Client
 ) -> None:
     box = await pooling.create("survivor")
     await filled(service, pooling)
-    with waiting(service) as its_end:
-        service.kill()
-        service.restart()
-        its_end()
-    assert list(service.layout.machines.iterdir()) == []
+    (directory,) = service.layout.machines.iterdir()
+    waits = record.load(directory)
+    service.kill()
+    service.restart()
     async with service.connected() as client:
         assert (await client.get("survivor")).vmm_pid == box.vmm_pid
-        ended, _, _ = await client.run("survivor", "true")
-        assert ended.exit_code == 0
-        await client.delete("survivor")
-        # Its template is the same; the first box after a restart is restored, the pool filled again.
+        taken = await client.create("next")
+        assert (taken.origin, taken.vmm_pid) == ("pool", waits.vmm_pid)
+        assert not (service.layout.box("next") / adoption.NOTE).exists()
+        script = "cat /etc/machine-id /proc/sys/kernel/random/uuid; uname -n"
+        outputs = [await client.run(name, "sh", "-c", script) for name in ("survivor", "next")]
+        for mine, other in zip(*(out.decode().split() for _, out, _ in outputs), strict=True):
+            assert mine != other
+        for name in ("survivor", "next"):
+            await client.delete(name)
+
+
+@pytest.mark.parametrize("why", ["it has died", "it runs", "it was on its way", "nobody wants it"])
+async def test_what_cannot_go_on_waiting_is_ended_when_the_service_is_back(
+    service: HypervisorProcess, pooling: Client, why: str
+) -> None:
+    (directory,) = service.layout.machines.iterdir()
+    found = record.load(directory)
+    with waiting(service) as its_end:
+        service.kill()
+        if why == "it has died":
+            os.kill(found.shim_pid, signal.SIGKILL)
+        elif why == "it runs":
+            monitor(directory, "cont")
+        elif why == "it was on its way":
+            adoption.take_note(directory)
+        service.restart(["--pool-size", "0"] if why == "nobody wants it" else None)
+        its_end()
+    assert not directory.exists()
+    async with service.connected() as client:
+        # Its template is the same; the first box after it is restored, and the pool filled again.
         assert (await client.create("next")).origin == "template"
         await client.delete("next")
+    if why == "nobody wants it":
+        service.kill()
+        service.restart()
+
+
+def monitor(directory: Path, command: str) -> None:
+    """Have the machine in `directory` do something behind the service's back."""
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as lines:
+        connection.connect(str(directory / layout.QMP_SOCKET))
+        connection.settimeout(60)
+        assert "QMP" in lines.readline()
+        for each in ("qmp_capabilities", command):
+            lines.write(json.dumps({"execute": each}) + "\n")
+            lines.flush()
+            while "return" not in json.loads(lines.readline()):
+                pass
 
 
 async def test_a_machine_that_dies_in_the_pool_is_not_given_out(

@@ -1,0 +1,1 @@
+"""Long runs that prove that nothing leaks: `make soak`."""
