@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from services.hypervisor.inotify import FileWatch
-from tests.vm import BOX_KEY, Client, HypervisorProcess, box_config
+from tests.soak.waiting import all_wait
+from tests.vm import BOX_KEY, Client, HypervisorProcess, host_directory
+from voidbox.common.v1 import common_pb2
 from voidbox.guest.v1 import guest_pb2
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 
 pytestmark = pytest.mark.vm
 
 ORIGINS = ("boot", "template", "pool", "fork", "snapshot")
+SERVER = """
+import socketserver
+class Echo(socketserver.StreamRequestHandler):
+    def handle(self):
+        for line in self.rfile:
+            self.wfile.write(line[::-1])
+socketserver.ThreadingTCPServer.allow_reuse_address = True
+server = socketserver.ThreadingTCPServer(("127.0.0.1", 7001), Echo)
+print("up", flush=True)
+server.serve_forever()
+"""
 
 
-async def make(service: HypervisorProcess, client: Client) -> None:
-    """One box of each origin, called by it."""
-    assert (await client.create("boot", cold_boot=True)).origin == "boot"
-    assert (await client.create("template")).origin == "template"
-    request = pb.BuildTemplateRequest(config=box_config())
-    with FileWatch(service.log) as written:
-        while not (await client.hypervisor.BuildTemplate(request, timeout=120)).template.pooled:
-            async with asyncio.timeout(60):
-                await written.wait()
-            written.clear()
-    assert (await client.create("pool")).origin == "pool"
+async def from_pool(service: HypervisorProcess, client: Client, name: str, **changes: Any) -> pb.Box:
+    """A box that takes a machine from the pool, once one waits there."""
+    await all_wait(client, service.layout.machines, service.log, {"pool"})
+    box = await client.create(name, **changes)
+    assert box.origin == "pool"
+    return box
+
+
+async def make(service: HypervisorProcess, client: Client, disk: Path) -> None:
+    """One box of each origin, called by it, each with a layer of its own on one disk."""
+    disks = [pb.Disk(base_path=str(disk), guest_path="/data", writable=True)]
+    assert (await client.create("boot", cold_boot=True, disks=disks)).origin == "boot"
+    assert (await client.create("template", disks=disks)).origin == "template"
+    await from_pool(service, client, "pool", disks=disks)
     forked = await client.hypervisor.ForkBox(
         pb.ForkBoxRequest(box_id="template", fork_ids=["fork"]), timeout=120
     )
@@ -42,11 +63,19 @@ async def make(service: HypervisorProcess, client: Client) -> None:
 @pytest.fixture(scope="module")
 def boxes() -> Iterator[HypervisorProcess]:
     """A service with a box of each origin."""
-    with HypervisorProcess(flags=["--pool-size", "1"]) as service:
+    with (
+        tempfile.TemporaryDirectory(prefix="voidbox-disk-") as scratch,
+        HypervisorProcess(flags=["--pool-size", "1"]) as service,
+    ):
+        tree, disk = Path(scratch) / "tree", Path(scratch) / "disk.ext4"
+        (tree / "open").mkdir(parents=True)
+        (tree / "open").chmod(0o777)
+        (tree / "base").write_text("of all\n")
+        subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "32M"], check=True)
 
         async def start() -> None:
             async with service.connected() as client:
-                await make(service, client)
+                await make(service, client, disk)
 
         asyncio.run(start())
         yield service
@@ -131,6 +160,118 @@ async def test_many_programs_run_at_once_and_python_works(client: Client, box: s
     )
     _, out, error = await client.run(box, "python3", "-c", script)
     assert out == b"2d711642 1\n", error
+
+
+def there(box: str) -> tuple[tuple[str, str], ...]:
+    """Metadata that names the box."""
+    return ((BOX_KEY, box),)
+
+
+async def test_its_files_are_written_read_listed_and_moved(client: Client, box: str) -> None:
+    data = os.urandom(200_000)
+    write = client.guest.WriteFile(metadata=there(box), timeout=60)
+    header = guest_pb2.WriteFileHeader(path="/workspace/file", mode=0o640)
+    await write.write(guest_pb2.WriteFileRequest(header=header))
+    for at in range(0, len(data), 65536):
+        await write.write(guest_pb2.WriteFileRequest(data=data[at : at + 65536]))
+    await write.done_writing()
+    assert (await write).size_bytes == len(data)
+    move = guest_pb2.RenameFileRequest(from_path="/workspace/file", to_path="/workspace/moved")
+    await client.guest.RenameFile(move, metadata=there(box), timeout=60)
+    listing = guest_pb2.ListDirectoryRequest(path="/workspace")
+    listed = (await client.guest.ListDirectory(listing, metadata=there(box), timeout=60)).files
+    assert "moved" in {Path(each.path).name for each in listed}
+    asked = guest_pb2.StatFileRequest(path="/workspace/moved")
+    info = (await client.guest.StatFile(asked, metadata=there(box), timeout=60)).file
+    assert (info.size_bytes, info.mode & 0o777) == (len(data), 0o640)
+    read = client.guest.ReadFile(
+        guest_pb2.ReadFileRequest(path="/workspace/moved"), metadata=there(box), timeout=60
+    )
+    assert b"".join([piece.data async for piece in read]) == data
+    remove = guest_pb2.RemoveFileRequest(path="/workspace/moved")
+    await client.guest.RemoveFile(remove, metadata=there(box), timeout=60)
+
+
+async def test_its_disk_has_a_layer_of_its_own(client: Client, box: str) -> None:
+    script = "cat /data/base; cd /data/open; test ! -e mine && echo $0 > mine && sync; cat mine"
+    ended, out, error = await client.run(box, "sh", "-c", script, box)
+    assert (ended.exit_code, out.decode()) == (0, f"of all\n{box}\n"), error
+    stats = await client.hypervisor.GetBoxStats(pb.GetBoxStatsRequest(box_id=box))
+    assert stats.disk_bytes > 0
+
+
+async def test_its_programs_get_signals(client: Client, box: str) -> None:
+    call = client.guest.Exec(metadata=there(box), timeout=60)
+    script = "trap 'echo got it; exit 3' USR1; echo up; while :; do sleep 0.1; done"
+    start = guest_pb2.ExecStart(exec_id="trap", program="sh", args=["-c", script])
+    await call.write(guest_pb2.ExecRequest(start=start))
+    said, code = b"", None
+    async for message in call:
+        said += message.event.output.data
+        if said == b"up\n" and message.event.HasField("output"):
+            request = guest_pb2.SignalExecRequest(exec_id="trap", signal=signal.SIGUSR1)
+            await client.guest.SignalExec(request, metadata=there(box), timeout=60)
+        if message.event.HasField("exit"):
+            code = message.event.exit.exit_code
+    # The whole process group gets it, and the shell may tell of its child's end.
+    assert b"got it\n" in said
+    assert code == 3
+
+
+async def test_its_ports_are_reached_through_a_tunnel(client: Client, box: str) -> None:
+    server = client.guest.Exec(metadata=there(box), timeout=60)
+    begin = guest_pb2.ExecStart(exec_id="server", program="python3", args=["-c", SERVER])
+    await server.write(guest_pb2.ExecRequest(start=begin))
+    async for message in server:
+        if message.event.output.data == b"up\n":
+            break
+    call = client.hypervisor.ForwardPort(timeout=60)
+    await call.write(pb.ForwardPortRequest(open=pb.ForwardPortOpen(box_id=box, port=7001)))
+    answers = aiter(call)
+    assert (await anext(answers)).data == b""
+    await call.write(pb.ForwardPortRequest(data=b"hello\n"))
+    back = b""
+    while len(back) < 6:
+        back += (await anext(answers)).data
+    assert back == b"\nolleh"
+    call.cancel()
+    kill = guest_pb2.SignalExecRequest(exec_id="server", signal=signal.SIGKILL)
+    await client.guest.SignalExec(kill, metadata=there(box), timeout=60)
+    server.cancel()
+
+
+async def test_its_console_is_read(client: Client, box: str) -> None:
+    whole = client.hypervisor.ReadConsole(pb.ReadConsoleRequest(box_id=box), timeout=60)
+    async for piece in whole:
+        assert piece.offset >= 0
+
+
+@pytest.mark.parametrize("origin", ["boot", "template", "pool"])
+async def test_mounts_and_volumes_are_the_same_for_every_box_that_can_have_them(
+    boxes: HypervisorProcess, client: Client, origin: str
+) -> None:
+    """Boxes that were copied or saved cannot, and say so; a machine from the pool takes no mounts."""
+    await client.hypervisor.CreateVolume(pb.CreateVolumeRequest(name="kept", size_mib=64), timeout=60)
+    disks = [pb.Disk(volume="kept", guest_path="/volume", writable=True)]
+    owner = 1234 if os.geteuid() == 0 else os.geteuid()
+    with host_directory(owner) as shared:
+        if origin == "pool":
+            await from_pool(boxes, client, "attached", disks=disks)
+            script = "echo v > /volume/v && cat /volume/v"
+        else:
+            mount = common_pb2.Mount(
+                host_path=str(shared), guest_path="/mnt/shared", mode=common_pb2.MOUNT_MODE_READ_WRITE
+            )
+            box = await client.create("attached", disks=disks, mounts=[mount], cold_boot=origin == "boot")
+            assert box.origin == origin
+            script = "echo v > /volume/v && cat /volume/v && echo m > /mnt/shared/m"
+        ended, out, error = await client.run("attached", "sh", "-c", script)
+        assert (ended.exit_code, out) == (0, b"v\n"), error
+        if origin != "pool":
+            assert (shared / "m").read_text() == "m\n"
+            assert (shared / "m").stat().st_uid == owner
+        await client.delete("attached")
+    await client.hypervisor.DeleteVolume(pb.DeleteVolumeRequest(name="kept"), timeout=60)
 
 
 async def test_it_ends_in_order(boxes: HypervisorProcess, client: Client, box: str) -> None:
