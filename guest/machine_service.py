@@ -218,6 +218,10 @@ class MachineCalls:
             request.gateway6,
         )
         await asyncio.to_thread(configure, wanted, self.guest.root)
+        if request.trusted_certificates:
+            from guest import certificates
+
+            await asyncio.to_thread(certificates.install, request.trusted_certificates, self.guest.root)
         return pb.ConfigureNetworkResponse()
 
     @call()

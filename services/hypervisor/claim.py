@@ -230,8 +230,11 @@ class Guest:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 
-    async def configure_network(self) -> None:
+    async def configure_network(self, certificates: bytes = b"") -> None:
         """Have the guest set up the network device that it has, or is about to be given.
+
+        Args:
+            certificates: PEM certificates that its programs shall trust; empty: no others than before.
 
         Raises:
             VoidboxError: as the guest says.
@@ -241,6 +244,7 @@ class Guest:
             address=str(link.GUEST),
             gateway=str(link.GATEWAY.ip),
             name_servers=[str(link.NAME_SERVER)],
+            trusted_certificates=certificates,
             address6=str(link.GUEST6),
             gateway6=str(link.GATEWAY6.ip),
         )

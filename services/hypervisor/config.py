@@ -69,6 +69,11 @@ class Config:
         "what goes directly in spite of it: names with all below, addresses, prefixes, with commas between",
         env=("NO_PROXY", "no_proxy"),
     )
+    extra_ca: str = setting(
+        "",
+        "file of PEM certificates that servers of boxes' credentials are trusted by, besides the system's",
+        env=("SSL_CERT_FILE",),
+    )
     log_level: str = setting(
         "info", "least severe record to log: debug, info, warning or error", env=("VOIDBOX_LOG_LEVEL",)
     )

@@ -12,6 +12,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 
 from services.common.errors import InvalidInput
 from services.hypervisor import volumes
+from services.hypervisor.convert_credentials import read_interceptions, write_interceptions
 from services.hypervisor.convert_egress import egress, read_egress
 from services.hypervisor.inputs import DIGEST
 from services.hypervisor.model import (
@@ -136,6 +137,7 @@ def read_config(message: hypervisor_pb2.BoxConfig) -> BoxConfig:
         holds_secrets=message.holds_secrets,
         snapshot=message.snapshot,
         egress=read_egress(message.egress),
+        interceptions=read_interceptions(message),
     )
 
 
@@ -309,6 +311,8 @@ def _config(config: BoxConfig) -> hypervisor_pb2.BoxConfig:
         snapshot=config.snapshot,
         egress=egress(config.egress) if config.egress else None,
     )
+    if config.interceptions:
+        write_interceptions(config.interceptions, message)
     if config.max_lifetime:
         message.max_lifetime.CopyFrom(duration(config.max_lifetime))
     if config.idle_timeout:

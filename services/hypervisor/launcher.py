@@ -22,6 +22,7 @@ from services.hypervisor.box import Box
 from services.hypervisor.changes import ChangeStore
 from services.hypervisor.claim import Identity
 from services.hypervisor.driver import Driver, MachinePlan, NotRestored
+from services.hypervisor.egress.credential import Interceptions
 from services.hypervisor.egress.settings import GatewaySettings
 from services.hypervisor.identities import Identities
 from services.hypervisor.layout import Layout
@@ -516,6 +517,7 @@ def _identity(box_id: str, config: BoxConfig, user: tuple[int, int] | None) -> I
         user=user,
         root_serial=prepare.ROOT_SERIAL if config.root_disk else "",
         root_writable=bool(config.root_disk and config.root_disk.writable),
-        env=config.env,
+        # What the user gave counts: he may have reasons for certificates of his own.
+        env={**Interceptions.from_json(config.interceptions).env(), **config.env},
         confinement=config.confinement,
     )

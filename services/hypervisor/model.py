@@ -103,6 +103,7 @@ class BoxConfig:
     """What a box is made of. Times are in seconds; 0 means no limit.
 
     `egress` is a policy as `services.common.egress.plain` writes it; empty: the box has no network device.
+    `interceptions` is what `services.hypervisor.egress.credential` writes.
     """
 
     kernel_path: str
@@ -123,6 +124,7 @@ class BoxConfig:
     holds_secrets: bool = False
     snapshot: str = ""
     egress: str = ""
+    interceptions: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ class BoxNetwork:
                 machine.pids[0],
                 plan.gateway,
                 user,
+                plan.config.interceptions,
             )
         )
 
@@ -59,7 +60,7 @@ class BoxNetwork:
         self._starting = None
         with self._gateway.tap() as tap:
             await machine.plug_nic(tap, plan.nic_port)
-        await guest.configure_network()
+        await guest.configure_network(self._gateway.certificate)
         return True
 
     def adopt(self) -> None:

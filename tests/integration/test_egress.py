@@ -45,9 +45,10 @@ def tun() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def unprivileged(tun: str, dns_port: int) -> Iterator[tuple[HypervisorProcess, dict[str, str]]]:
+def unprivileged(tun: str, dns_port: int, *more: str) -> Iterator[tuple[HypervisorProcess, dict[str, str]]]:
     """The service as `nobody` where this test is root, else as we are; and the kernel that it can read."""
     flags = ["--tun-device", tun, "--name-servers", f"127.0.0.1:{dns_port}", "--hosts-file", "/dev/null"]
+    flags += more
     if os.geteuid() != 0:
         with HypervisorProcess(flags=flags) as service:
             yield service, {}

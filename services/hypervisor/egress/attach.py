@@ -15,6 +15,7 @@ from pathlib import Path
 from services.common.errors import NotFound, WrongState
 from services.common.process import clean_env
 from services.hypervisor import layout, record
+from services.hypervisor.egress.attach_broker import BoxBroker, intercept
 from services.hypervisor.egress.gateway_config import GatewayConfig
 from services.hypervisor.egress.settings import GatewaySettings
 from services.hypervisor.pidfd import Process, children
@@ -32,6 +33,8 @@ class BoxGateway:
     def __init__(self, process: Process, tap: int = -1) -> None:
         self._process = process
         self._tap = tap
+        self._broker: BoxBroker | None = None
+        self.certificate = b""
 
     @classmethod
     async def start(
@@ -42,6 +45,7 @@ class BoxGateway:
         machine_pid: int,
         settings: GatewaySettings,
         user: tuple[int, int] | None,
+        interceptions: str = "",
     ) -> BoxGateway:
         """Start a gateway.
 
@@ -52,6 +56,7 @@ class BoxGateway:
             machine_pid: The machine's leading process; the gateway ends with it.
             settings: The host's.
             user: uid and gid to run as, None for our own.
+            interceptions: As `services.hypervisor.egress.credential` writes them.
 
         Raises:
             WrongState: this host does not allow it; the message says what to do.
@@ -67,6 +72,7 @@ class BoxGateway:
             stack.callback(os.close, audit)
             log = _append(directory / layout.GATEWAY_LOG_FILE)
             stack.callback(os.close, log)
+            intercepted = intercept(interceptions, machine, settings.extra_ca, stack)
             config_read, config_write = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, config_read)
             pipe = stack.enter_context(os.fdopen(config_write, "wb", buffering=0))
@@ -84,12 +90,15 @@ class BoxGateway:
                 name_servers=settings.name_servers,
                 proxy=settings.proxy,
                 no_proxy=settings.no_proxy,
+                interception=intercepted.told,
             )
-            fds = (config_read, machine, theirs.fileno(), audit)
+            fds = (config_read, machine, theirs.fileno(), audit, *intercepted.fds)
             pid = await asyncio.to_thread(_spawn, config_read, fds, log)
             process = Process.watch(pid)
             gateway = cls(process)
+            gateway.certificate = intercepted.certificate
             try:
+                gateway._broker = await intercepted.start_broker(log)
                 gateway._note(directory)
                 theirs.close()
                 with contextlib.suppress(BrokenPipeError):
@@ -99,6 +108,8 @@ class BoxGateway:
                 process.kill_group()
                 await process.wait(END_SECONDS)
                 process.close()
+                if gateway._broker is not None:
+                    await gateway._broker.end()
                 raise
         return gateway
 
@@ -134,20 +145,25 @@ class BoxGateway:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The keeper and the gateway that it has now."""
-        return (self._process.pid, *children(self._process.pid)) if self._process.alive else ()
+        """The keeper, the gateway that it has now, and the broker."""
+        broker = self._broker.pids if self._broker is not None else ()
+        return (self._process.pid, *children(self._process.pid), *broker) if self._process.alive else broker
 
     async def end(self) -> None:
         """Have it end, its machine being gone; returns when it is gone. Idempotent."""
         if not await self._process.wait(END_SECONDS):
             self._process.kill_group()
             await self._process.wait(END_SECONDS)
+        if self._broker is not None:
+            await self._broker.end()
         self.close()
 
     def close(self) -> None:
         """End the watch. Idempotent."""
         self._close_tap()
         self._process.close()
+        if self._broker is not None:
+            self._broker.close()
 
 
 async def _receive_tap(ours: socket.socket, box: str) -> int:

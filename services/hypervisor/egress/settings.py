@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from services.common.errors import InvalidInput
 from services.hypervisor.config import Config
@@ -12,7 +14,7 @@ from services.hypervisor.egress.upstream import parse_proxy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
-    """See `services.hypervisor.egress.gateway_config.GatewayConfig`, which has the same fields."""
+    """See `services.hypervisor.egress.gateway_config.GatewayConfig`; `extra_ca` is PEM text."""
 
     tun: str = "/dev/net/tun"
     resolv_conf: str = "/etc/resolv.conf"
@@ -20,6 +22,7 @@ class GatewaySettings:
     name_servers: tuple[str, ...] = ()
     proxy: str = field(default="", repr=False)
     no_proxy: tuple[str, ...] = ()
+    extra_ca: str = ""
 
 
 def gateway_settings(config: Config) -> GatewaySettings:
@@ -42,7 +45,20 @@ def gateway_settings(config: Config) -> GatewaySettings:
         name_servers=servers,
         proxy=config.proxy,
         no_proxy=_words(config.no_proxy),
+        extra_ca=_certificates(config.extra_ca),
     )
+
+
+def _certificates(path: str) -> str:
+    """The PEM text of a file; empty without one."""
+    if not path:
+        return ""
+    try:
+        text = Path(path).read_text("ascii")
+        ssl.create_default_context().load_verify_locations(cadata=text)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise InvalidInput(f"extra_ca: {path} is no file of certificates: {error}") from error
+    return text
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -338,6 +338,9 @@ class BoxConfig(google.protobuf.message.Message):
     CONFINEMENT_FIELD_NUMBER: builtins.int
     HOLDS_SECRETS_FIELD_NUMBER: builtins.int
     AUTO_PAUSE_FIELD_NUMBER: builtins.int
+    CREDENTIALS_FIELD_NUMBER: builtins.int
+    METERED_HOSTS_FIELD_NUMBER: builtins.int
+    BUDGET_FIELD_NUMBER: builtins.int
     kernel_path: builtins.str
     """Absolute path of the kernel (vmlinux or bzImage) on the hypervisor's host. With `snapshot`
     this, the initramfs and the disks may be left out; given, they must be the snapshot's.
@@ -403,6 +406,18 @@ class BoxConfig(google.protobuf.message.Message):
         not. Empty means never.
         """
 
+    @property
+    def credentials(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Credential]:
+        """What the box uses and does not have; needs `egress`. Answers about boxes leave the values out."""
+
+    @property
+    def metered_hosts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Hosts of models whose tokens and cost are counted, names or "*." and a suffix; needs `egress`."""
+
+    @property
+    def budget(self) -> global___Budget:
+        """What the metered models may use."""
+
     def __init__(
         self,
         *,
@@ -424,11 +439,223 @@ class BoxConfig(google.protobuf.message.Message):
         confinement: voidbox.common.v1.common_pb2.Confinement | None = ...,
         holds_secrets: builtins.bool = ...,
         auto_pause: google.protobuf.duration_pb2.Duration | None = ...,
+        credentials: collections.abc.Iterable[global___Credential] | None = ...,
+        metered_hosts: collections.abc.Iterable[builtins.str] | None = ...,
+        budget: global___Budget | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["auto_pause", b"auto_pause", "confinement", b"confinement", "egress", b"egress", "idle_timeout", b"idle_timeout", "max_lifetime", b"max_lifetime", "resources", b"resources", "root_disk", b"root_disk"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "auto_pause", b"auto_pause", "cold_boot", b"cold_boot", "confinement", b"confinement", "disks", b"disks", "egress", b"egress", "env", b"env", "holds_secrets", b"holds_secrets", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["auto_pause", b"auto_pause", "budget", b"budget", "confinement", b"confinement", "egress", b"egress", "idle_timeout", b"idle_timeout", "max_lifetime", b"max_lifetime", "resources", b"resources", "root_disk", b"root_disk"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accelerator", b"accelerator", "auto_pause", b"auto_pause", "budget", b"budget", "cold_boot", b"cold_boot", "confinement", b"confinement", "credentials", b"credentials", "disks", b"disks", "egress", b"egress", "env", b"env", "holds_secrets", b"holds_secrets", "hostname", b"hostname", "idle_timeout", b"idle_timeout", "initramfs_path", b"initramfs_path", "kernel_path", b"kernel_path", "labels", b"labels", "max_lifetime", b"max_lifetime", "metered_hosts", b"metered_hosts", "mounts", b"mounts", "resources", b"resources", "root_disk", b"root_disk", "snapshot", b"snapshot"]) -> None: ...
 
 global___BoxConfig = BoxConfig
+
+@typing.final
+class Credential(google.protobuf.message.Message):
+    """A credential that the box's gateway puts into requests. Programs in the box see a placeholder."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class EnvEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NAME_FIELD_NUMBER: builtins.int
+    HOSTS_FIELD_NUMBER: builtins.int
+    PORTS_FIELD_NUMBER: builtins.int
+    PATHS_FIELD_NUMBER: builtins.int
+    HEADER_FIELD_NUMBER: builtins.int
+    BASIC_USER_FIELD_NUMBER: builtins.int
+    QUERY_PARAMETER_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    FILE_FIELD_NUMBER: builtins.int
+    COMMAND_FIELD_NUMBER: builtins.int
+    KEYRING_FIELD_NUMBER: builtins.int
+    LOGIN_FIELD_NUMBER: builtins.int
+    ENV_FIELD_NUMBER: builtins.int
+    PLAIN_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name, unique in the box."""
+    header: builtins.str
+    """Name and value of a header; {} in the value is the credential."""
+    basic_user: builtins.str
+    """User of Basic authorization; the credential is the password."""
+    query_parameter: builtins.str
+    """Parameter of the query."""
+    value: builtins.str
+    """The value itself."""
+    file: builtins.str
+    """Absolute path of a file on the hypervisor's host; read for each request."""
+    plain: builtins.bool
+    """Whether it may be sent without TLS."""
+    @property
+    def hosts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """DNS names, or "*." and a DNS suffix, that it is for."""
+
+    @property
+    def ports(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """TCP ports. Empty means 443."""
+
+    @property
+    def paths(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Beginnings of paths that it is for. Empty means all."""
+
+    @property
+    def command(self) -> global___CredentialCommand:
+        """Program of the hypervisor's host that prints it."""
+
+    @property
+    def keyring(self) -> global___CredentialKeyring:
+        """Entry of the keyring of the hypervisor's user."""
+
+    @property
+    def login(self) -> global___CredentialLogin:
+        """A login with rotating tokens, which the host renews."""
+
+    @property
+    def env(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Variables of the box's programs; {} in a value is the placeholder."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        hosts: collections.abc.Iterable[builtins.str] | None = ...,
+        ports: collections.abc.Iterable[builtins.int] | None = ...,
+        paths: collections.abc.Iterable[builtins.str] | None = ...,
+        header: builtins.str = ...,
+        basic_user: builtins.str = ...,
+        query_parameter: builtins.str = ...,
+        value: builtins.str = ...,
+        file: builtins.str = ...,
+        command: global___CredentialCommand | None = ...,
+        keyring: global___CredentialKeyring | None = ...,
+        login: global___CredentialLogin | None = ...,
+        env: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        plain: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["basic_user", b"basic_user", "command", b"command", "file", b"file", "header", b"header", "keyring", b"keyring", "login", b"login", "placement", b"placement", "query_parameter", b"query_parameter", "source", b"source", "value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["basic_user", b"basic_user", "command", b"command", "env", b"env", "file", b"file", "header", b"header", "hosts", b"hosts", "keyring", b"keyring", "login", b"login", "name", b"name", "paths", b"paths", "placement", b"placement", "plain", b"plain", "ports", b"ports", "query_parameter", b"query_parameter", "source", b"source", "value", b"value"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["placement", b"placement"]) -> typing.Literal["header", "basic_user", "query_parameter"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["value", "file", "command", "keyring", "login"] | None: ...
+
+global___Credential = Credential
+
+@typing.final
+class CredentialCommand(google.protobuf.message.Message):
+    """A program that prints a credential."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ARGV_FIELD_NUMBER: builtins.int
+    @property
+    def argv(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The program and its arguments; no shell."""
+
+    def __init__(
+        self,
+        *,
+        argv: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["argv", b"argv"]) -> None: ...
+
+global___CredentialCommand = CredentialCommand
+
+@typing.final
+class CredentialKeyring(google.protobuf.message.Message):
+    """An entry of a keyring: Secret Service on Linux, the keychain on macOS."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: builtins.int
+    USER_FIELD_NUMBER: builtins.int
+    service: builtins.str
+    """Its service."""
+    user: builtins.str
+    """Its user. Empty means any."""
+    def __init__(
+        self,
+        *,
+        service: builtins.str = ...,
+        user: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["service", b"service", "user", b"user"]) -> None: ...
+
+global___CredentialKeyring = CredentialKeyring
+
+@typing.final
+class CredentialLogin(google.protobuf.message.Message):
+    """A login with rotating tokens (OAuth)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: builtins.int
+    LAYOUT_FIELD_NUMBER: builtins.int
+    TOKEN_URL_FIELD_NUMBER: builtins.int
+    CLIENT_ID_FIELD_NUMBER: builtins.int
+    file: builtins.str
+    """Absolute path of the file that holds it, on the hypervisor's host."""
+    layout: builtins.str
+    """Layout of the file: "claude" (Claude Code), "codex" (Codex), or "plain": access_token, refresh_token
+    and expires_at.
+    """
+    token_url: builtins.str
+    """URL of the token endpoint. Calls of the box to it are answered with placeholders."""
+    client_id: builtins.str
+    """Id of the program that the login was made for."""
+    def __init__(
+        self,
+        *,
+        file: builtins.str = ...,
+        layout: builtins.str = ...,
+        token_url: builtins.str = ...,
+        client_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_id", b"client_id", "file", b"file", "layout", b"layout", "token_url", b"token_url"]) -> None: ...
+
+global___CredentialLogin = CredentialLogin
+
+@typing.final
+class Budget(google.protobuf.message.Message):
+    """What models may use. Passed by one request at most."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_REQUESTS_FIELD_NUMBER: builtins.int
+    MAX_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_COST_MICROS_FIELD_NUMBER: builtins.int
+    PAUSE_FIELD_NUMBER: builtins.int
+    max_requests: builtins.int
+    """Requests. 0 means no limit."""
+    max_tokens: builtins.int
+    """Tokens of all kinds together. 0 means no limit."""
+    max_cost_micros: builtins.int
+    """Cost in millionths of a USD. 0 means no limit."""
+    pause: builtins.bool
+    """Whether requests over it wait instead of being refused."""
+    def __init__(
+        self,
+        *,
+        max_requests: builtins.int = ...,
+        max_tokens: builtins.int = ...,
+        max_cost_micros: builtins.int = ...,
+        pause: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_cost_micros", b"max_cost_micros", "max_requests", b"max_requests", "max_tokens", b"max_tokens", "pause", b"pause"]) -> None: ...
+
+global___Budget = Budget
 
 @typing.final
 class Disk(google.protobuf.message.Message):
