@@ -20,6 +20,8 @@ from services.hypervisor.templates import Key
 
 log = logging.getLogger(__name__)
 
+CALM_SECONDS = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
@@ -113,6 +115,9 @@ class Pool:
 
     async def _fill(self, shelf: _Shelf, key: Key, config: BoxConfig) -> None:
         while len(shelf.waiting) < self._bounds.size:
+            await self._quiet()
+            # The box that has just come up runs its first program now; filling takes a processor for a while.
+            await asyncio.sleep(CALM_SECONDS)
             await self._quiet()
             async with self._one_at_a_time:
                 taken = await asyncio.to_thread(self._taken_mib)

@@ -1,8 +1,8 @@
 """Run the benchmarks and print one table: figure, floor, ratio.
 
-    python -m tests.bench [--runs N] [--kernel PATH ...]
+    python -m tests.bench [--runs N] [--disk-runs N]
 
-Every figure is the median of N runs in turn with its floor, on the same machine in the same
+Every figure is the median of its runs in turn with its floor, on the same machine in the same
 minute; single absolute times of a shared machine mean little, the ratios do.
 """
 
@@ -25,6 +25,7 @@ from services.imager.guest_image import build_guest_image
 from services.imager.guest_store import GuestImage, load_guest_image
 from tests.bench import floor
 from tests.bench.disks import disk_rows
+from tests.bench.memory import idle_boxes, small_box
 from tests.bench.restores import forks, pooled, restores
 from tests.bench.row import Row
 from tests.vm import Client, HypervisorProcess
@@ -126,11 +127,16 @@ async def images(cache: Path, console: Console) -> list[GuestImage]:
 async def measure(runs: int, console: Console) -> list[Row]:
     """All rows."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="vb-bench-") as scratch, HypervisorProcess() as hypervisor:
+    with (
+        tempfile.TemporaryDirectory(prefix="vb-bench-") as scratch,
+        HypervisorProcess(flags=["--ready-size", "1", "--pool-size", "0"]) as hypervisor,
+    ):
         async with hypervisor.connected() as client:
             for image in await images(Paths.from_env(os.environ).cache, console):
                 rows.append(await cold_boot(client, image, runs, Path(scratch)))
-                rows += await restores(client, image, MEMORY_MIB, runs, Path(scratch), console)
+                rows += await restores(hypervisor, client, image, MEMORY_MIB, runs, Path(scratch), console)
+                rows += await idle_boxes(client, image, MEMORY_MIB)
+                rows.append(await small_box(client, image))
             rows.append(await forks(client, runs, console))
             await client.create("bench")
             rows.append(await round_trip(client, "bench", runs * 4))
@@ -143,11 +149,14 @@ async def measure(runs: int, console: Console) -> list[Row]:
 def main() -> int:
     """Measure and print; exit code 1 if a figure is over its limit."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--runs", type=int, default=5, help="runs of each figure (default: 5)")
-    runs = parser.parse_args().runs
+    parser.add_argument("--runs", type=int, default=20, help="runs of each figure of boxes (default: 20)")
+    parser.add_argument("--disk-runs", type=int, default=3, help="runs of each figure of disks (default: 3)")
+    options = parser.parse_args()
+    runs = options.runs
     console = Console()
-    rows = [*asyncio.run(measure(runs, console)), *disk_rows(runs)]
-    table = Table(title=f"medians of {runs}; {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
+    rows = [*asyncio.run(measure(runs, console)), *disk_rows(options.disk_runs)]
+    machine = f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}"
+    table = Table(title=f"medians of {runs}, of disks {options.disk_runs}; {machine}")
     for column in ("figure", "value", "floor", "ratio", "limit"):
         table.add_column(column, justify="left" if column == "figure" else "right")
     for row in rows:

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import socket
 import statistics
-import subprocess
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 from rich.console import Console
 
-from services.hypervisor import qmp, saved
-from services.hypervisor.argv import EMULATED_CPU, kernel_command_line
 from services.hypervisor.inotify import FileWatch
-from services.hypervisor.model import Accelerator
-from services.hypervisor.monitor import Monitor
-from services.hypervisor.saved import Saved
 from services.imager.guest_store import GuestImage
-from tests.bench.floor import initramfs_of
+from tests.bench import port_floor
 from tests.bench.row import Row
 from tests.vm import BOX_KEY, Client, HypervisorProcess, box_config
 from voidbox.guest.v1 import guest_pb2
@@ -30,15 +20,6 @@ from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 
 FORKS, FORK_LIMIT_SECONDS = 8, 5.0
 HELD_MIB = 50
-# Ten times what a restore takes.
-ECHO_SECONDS = 30.0
-
-ECHO_INIT = """#!/bin/busybox sh
-/bin/busybox stty raw -echo < /dev/console
-echo ready > /dev/console
-while :; do /bin/busybox head -c 1 < /dev/console > /dev/console; done
-"""
-
 HOLDER = f"""
 import os, time
 held = os.urandom({HELD_MIB} << 20)
@@ -50,88 +31,6 @@ while True:
 """
 
 
-class Echo:
-    """Bare QEMU with nothing but a RAM of `memory` and a serial port, which is `port`."""
-
-    def __init__(self, memory_fd: int, memory_mib: int, share: bool, *more: str, fds: tuple[int, ...] = ()):
-        self.port, port = socket.socketpair()
-        monitor, theirs = socket.socketpair()
-        backend = f"memory-backend-file,id=ram,size={memory_mib}M,mem-path=/dev/fd/{memory_fd}"
-        argv = [
-            "qemu-system-x86_64",
-            *("-machine", "q35,accel=tcg,memory-backend=ram,suppress-vmdesc=on,vmport=off,usb=off"),
-            *("-global", "migration.send-configuration=off"),
-            *("-cpu", EMULATED_CPU, "-smp", "1", "-m", f"{memory_mib}M"),
-            *("-object", f"{backend},share={'on' if share else 'off'}"),
-            *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none"),
-            *("-chardev", f"socket,id=port,fd={port.fileno()}", "-serial", "chardev:port"),
-            *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control"),
-            *more,
-        ]
-        self.process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, pass_fds=(memory_fd, port.fileno(), theirs.fileno(), *fds)
-        )
-        port.close()
-        theirs.close()
-        self.connection = monitor
-        self.monitor = Monitor()
-
-    @contextlib.asynccontextmanager
-    async def connected(self) -> AsyncIterator[Echo]:
-        """Its monitor while the block runs; it is killed afterwards."""
-        try:
-            async with qmp.connect(self.connection, on_event=self.monitor.on_event) as client:
-                self.monitor.client = client
-                yield self
-        finally:
-            self.process.kill()
-            await asyncio.to_thread(self.process.wait)
-            self.port.close()
-
-    async def read(self, wanted: bytes) -> None:
-        """Return when the guest has sent `wanted`."""
-        seen = b""
-        async with asyncio.timeout(ECHO_SECONDS):
-            self.port.setblocking(False)
-            while wanted not in seen:
-                seen += await asyncio.get_running_loop().sock_recv(self.port, 4096)
-
-
-async def save_echo(image: GuestImage, memory_mib: int, scratch: Path) -> Saved:
-    """A saved machine whose guest sends back each byte that it gets."""
-    archive = scratch / "echo.cpio"
-    archive.write_bytes(initramfs_of(image.initramfs, ECHO_INIT))
-    machine = saved.empty(memory_mib)
-    boot = ("-kernel", str(image.kernel), "-initrd", str(archive))
-    line = ("-append", kernel_command_line(Accelerator.TCG, 1))
-    async with Echo(machine.memory_fd, memory_mib, True, *boot, *line).connected() as echo:
-        await echo.read(b"ready")
-        echo.port.send(b"w")
-        await echo.read(b"w")
-        await echo.monitor.execute("stop")
-        state = saved.reopened(machine.devices_fd, os.O_WRONLY)
-        await echo.monitor.save(state)
-        os.close(state)
-    machine.seal()
-    return machine
-
-
-async def restore_echo(machine: Saved, memory_mib: int) -> float:
-    """Seconds from the start of QEMU until the restored guest has answered one byte."""
-    state = saved.reopened(machine.devices_fd, os.O_RDONLY)
-    try:
-        began = time.monotonic()
-        echo = Echo(machine.memory_fd, memory_mib, False, "-incoming", "defer", "-S", fds=(state,))
-        async with echo.connected():
-            await echo.monitor.load(state)
-            await echo.monitor.execute("cont")
-            echo.port.send(b"x")
-            await echo.read(b"x")
-            return time.monotonic() - began
-    finally:
-        os.close(state)
-
-
 def _phases(boxes: list[pb.Box]) -> str:
     found: defaultdict[str, list[float]] = defaultdict(list)
     for box in boxes:
@@ -140,14 +39,33 @@ def _phases(boxes: list[pb.Box]) -> str:
     return ", ".join(f"{name} {statistics.median(values) * 1000:.0f} ms" for name, values in found.items())
 
 
+async def started_ahead(service: HypervisorProcess) -> None:
+    """Return once a QEMU waits for a box to be restored into it."""
+    with FileWatch(service.log) as written:
+        while True:
+            written.clear()
+            said = service.log.read_text()
+            if any(f"machine {each.name} waits" in said for each in service.layout.machines.iterdir()):
+                return
+            async with asyncio.timeout(60):
+                await written.wait()
+
+
 async def restores(
-    client: Client, image: GuestImage, memory_mib: int, runs: int, scratch: Path, console: Console
+    service: HypervisorProcess,
+    client: Client,
+    image: GuestImage,
+    memory_mib: int,
+    runs: int,
+    scratch: Path,
+    console: Console,
 ) -> list[Row]:
     """Restore to first exec against bare QEMU; what saving adds to the boot."""
-    echo = await save_echo(image, memory_mib, scratch)
+    floors = [await port_floor.save(image, memory_mib, scratch, plugged=plugged) for plugged in (True, False)]
     config = {"kernel_path": str(image.kernel), "initramfs_path": str(image.initramfs)}
     resources = {"memory_mib": memory_mib}
-    values, floors, boxes, saves, boots = [], [], [], [], []
+    values, boxes, saves, boots = [], [], [], []
+    answers: list[list[float]] = [[], []]
     for number in range(runs):
         for template in (await client.hypervisor.ListTemplates(pb.ListTemplatesRequest())).templates:
             await client.hypervisor.DeleteTemplate(pb.DeleteTemplateRequest(template_id=template.id))
@@ -156,23 +74,36 @@ async def restores(
         spent = {phase.name: phase.duration.ToTimedelta().total_seconds() for phase in first.phases}
         saves.append(spent["template-save"] * 1000)
         boots.append((spent["template-spawn"] + spent["template-boot"]) * 1000)
-        floors.append(await restore_echo(echo, memory_mib))
+        await started_ahead(service)
+        for floor, seconds in zip(floors, answers, strict=True):
+            seconds.append(await floor.restore())
         began = time.monotonic()
         boxes.append(await client.create(f"restored-{number}", **config, resources=resources))
         ended, _, _ = await client.run(f"restored-{number}", "true")
         values.append(time.monotonic() - began)
         assert ended.exit_code == 0
         await client.delete(f"restored-{number}")
-    echo.close()
+    for floor in floors:
+        floor.machine.close()
     console.print(f"restore, {image.flavor} kernel: {_phases(boxes)}")
+    bare = (
+        "bare QEMU restoring the same kernel and guest image, until Python answers a byte over a virtio port"
+    )
     return [
         Row(
             what=f"restore to first exec, {image.flavor} kernel",
             value=statistics.median(values),
-            floor_name="bare QEMU restoring the same kernel, until busybox answers one byte",
-            floor=statistics.median(floors),
+            floor_name=f"{bare} that is plugged in",
+            floor=statistics.median(answers[0]),
             unit="s",
             most=2,
+        ),
+        Row(
+            what=f"the same, {image.flavor} kernel",
+            value=statistics.median(values),
+            floor_name=f"{bare} that was there when it was saved",
+            floor=statistics.median(answers[1]),
+            unit="s",
         ),
         Row(
             what=f"saving a template, {image.flavor} kernel",
