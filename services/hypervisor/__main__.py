@@ -64,7 +64,9 @@ async def running(
     identities = Identities.for_service(config.machine_uid, config.machine_uids)
     layout = Layout(paths.state)
     with layout.locked():
-        prober = Prober(layout.probes, identities.of(0), system=config.qemu, image=config.qemu_img)
+        prober = Prober(
+            layout.probes, identities.of(0), system=config.qemu, image=config.qemu_img, tun=config.tun_device
+        )
         async with Registry(
             layout,
             prober,

@@ -34,7 +34,7 @@ async def describe_host(
         detail="QEMU's translation: emulation, not a security boundary" if qemu.usable else qemu.detail,
     )
     host, room = registry.room()
-    probes = (qemu, kvm, tcg, prober.vhost_vsock(), await prober.confinement())
+    probes = (qemu, kvm, tcg, prober.vhost_vsock(), await prober.confinement(), await prober.network())
     return hypervisor_pb2.GetCapabilitiesResponse(
         accelerator=convert.accelerator(accelerator),
         security_boundary=accelerator.security_boundary,

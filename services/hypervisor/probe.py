@@ -18,6 +18,7 @@ from pathlib import Path
 from services.common.errors import InvalidInput, VoidboxError, WrongState
 from services.common.process import clean_env
 from services.hypervisor import host_confinement, inputs, programs, record
+from services.hypervisor.egress import host_network
 from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, Transport
 from services.hypervisor.pidfd import host_boot_id
@@ -49,13 +50,17 @@ class Prober:
         identity: Who machines run as.
         system: QEMU's name or path.
         image: qemu-img's name or path.
+        tun: The tun device.
     """
 
-    def __init__(self, cache: Path, identity: Identity, *, system: str, image: str) -> None:
+    def __init__(
+        self, cache: Path, identity: Identity, *, system: str, image: str, tun: str = "/dev/net/tun"
+    ) -> None:
         self._cache = cache
         self._identity = identity
         self._system = system
         self._image = image
+        self._tun = tun
         self._programs: Programs | None = None
         self._lock = asyncio.Lock()
         self._last_kernel = ""
@@ -204,6 +209,12 @@ class Prober:
         except VoidboxError as error:
             return ProbeResult(name="confinement", usable=False, detail=error.message)
         return ProbeResult(name="confinement", usable=found.whole, detail=found.detail)
+
+    async def network(self) -> ProbeResult:
+        """Whether boxes can have a network; one is made to find out."""
+        why = await host_network.find(self._tun)
+        detail = why or "namespaces, a tap and nftables rules, without root"
+        return ProbeResult(name="network", usable=not why, detail=detail)
 
     async def qemu(self) -> ProbeResult:
         """Whether QEMU is installed."""

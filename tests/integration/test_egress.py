@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from services.hypervisor.pidfd import children
 from tests.egress_attempts import ATTEMPTS, SOURCE
 from tests.egress_world import WORD, World, own_address, world
 from tests.other_user import needs_another_user
@@ -139,3 +141,48 @@ async def test_no_attempt_gets_past_the_gateway_and_what_is_allowed_is_reached(t
                 denied = [event for event in heard if not event.allowed]
                 assert all(event.reason for event in denied)
                 await client.delete("caged")
+
+
+@needs_another_user
+async def test_a_gateway_that_is_killed_comes_back_and_each_copy_of_a_box_has_its_own(tun: str) -> None:
+    control = ["control http"]
+    async with world() as outside:
+        with unprivileged(tun, outside.dns_port) as (service, files):
+            async with service.connected() as client:
+                await client.create("first", **files, egress=policy(outside))
+                keeper = json.loads((service.layout.box("first") / "gateway.json").read_text())["pid"]
+                (gateway,) = children(keeper)
+                assert (await attempts(client, "first", outside, control))["control http"] == "reached"
+                os.kill(gateway, signal.SIGKILL)
+                event = await until_event(client, "first", "gateway", "has ended (signal 9)")
+                assert not event.allowed
+                assert (await attempts(client, "first", outside, control))["control http"] == "reached"
+
+                request = pb.ForkBoxRequest(box_id="first", fork_ids=["copy"])
+                await client.hypervisor.ForkBox(request, timeout=120)
+                for box in ("first", "copy"):
+                    found = await attempts(client, box, outside, [*control, "other name"])
+                    assert found["control http"] == "reached", box
+                    assert found["other name"] == "Name or service not known"
+                assert json.loads((service.layout.box("copy") / "gateway.json").read_text())["pid"] != keeper
+                names = {event.name for event in await events(client, "copy") if event.kind == "dns"}
+                assert "ok.test" in names
+                for box in ("first", "copy"):
+                    await client.delete(box)
+                assert outside.forbidden == []
+
+
+@needs_another_user
+async def test_a_box_that_boots_afresh_has_a_network_and_one_without_a_policy_has_no_device(tun: str) -> None:
+    async with world() as outside:
+        with unprivileged(tun, outside.dns_port) as (service, files):
+            async with service.connected() as client:
+                await client.create("cold", **files, egress=policy(outside), cold_boot=True)
+                found = await attempts(client, "cold", outside, ["control http", "host by its address"])
+                assert found == {"control http": "reached", "host by its address": "403"}
+                await client.delete("cold")
+                await client.create("plain", **files)
+                _, out, _ = await client.run("plain", "ls", "/sys/class/net")
+                assert out.split() == [b"lo"]
+                assert await events(client, "plain") == []
+                await client.delete("plain")

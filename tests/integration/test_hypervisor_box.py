@@ -152,7 +152,9 @@ async def test_stats_and_capabilities_are_measured(client: Client, shared_box: s
     assert told.accelerator in (pb.ACCELERATOR_TCG, pb.ACCELERATOR_KVM)
     assert told.security_boundary == (told.accelerator == pb.ACCELERATOR_KVM)
     assert 0 < told.available_memory_mib < told.host_memory_mib
-    assert {"qemu", "kvm", "tcg", "vhost-vsock", "confinement"} == {probe.name for probe in told.probes}
+    assert {"qemu", "kvm", "tcg", "vhost-vsock", "confinement", "network"} == {
+        probe.name for probe in told.probes
+    }
     assert all(probe.detail for probe in told.probes)
 
 

@@ -8,7 +8,7 @@ import socket
 import struct
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_network
 from urllib.parse import unquote, urlsplit
 
@@ -38,7 +38,7 @@ class Proxy:
     host: str
     port: int
     user: str = ""
-    password: str = ""
+    password: str = field(default="", repr=False)
 
 
 def parse_proxy(url: str) -> Proxy | None:
