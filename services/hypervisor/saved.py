@@ -2,10 +2,12 @@
 
 The memfd cannot be changed by anybody any more (F_SEAL_WRITE), so machines may map it privately
 without a way to harm each other, and what has been checked stays checked. On disk a saved machine
-is a directory of three files, mode 0600:
+is a directory of files, mode 0600:
 
     saved.json   what it is, the lengths and digests below; without it there is nothing
-    ram          the pages that are not zero, in the order of `runs` in saved.json
+    ram          the pages that are not zero, or that differ from the layers below (see `layers`)
+    ram-N        those layers, the oldest first; hard links to files of older snapshots
+    chunks       digests of all chunks of the memory, for a later one; only in snapshots
     devices      the stream of xen-save-devices-state
 """
 
@@ -25,14 +27,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from services.common.errors import Corrupt
+from services.hypervisor import layers
+from services.hypervisor.layers import Digests, Layer
 from services.hypervisor.record import full_disk
 
-CHUNK = 64 * 1024
+CHUNK = layers.CHUNK
 MANIFEST = "saved.json"
 RAM = "ram"
 RAM_NAME = "voidbox-ram"
 DEVICES = "devices"
-_VERSION = 1
+_VERSION = 2
 log = logging.getLogger(__name__)
 
 _DISK_NAME = re.compile(r"[a-z0-9]{1,20}\.qcow2")
@@ -127,7 +131,14 @@ def data_parts(fd: int) -> Iterator[tuple[int, int]]:
         at = stop
 
 
-def write(saved: Saved, directory: Path, disks: Sequence[Path] = (), bases: Sequence[Path] = ()) -> None:
+def write(
+    saved: Saved,
+    directory: Path,
+    disks: Sequence[Path] = (),
+    bases: Sequence[Path] = (),
+    *,
+    older: Sequence[Path] | None = None,
+) -> None:
     """Write a sealed machine to a new directory, durably. Blocks: a second for 200 MiB.
 
     Args:
@@ -137,6 +148,8 @@ def write(saved: Saved, directory: Path, disks: Sequence[Path] = (), bases: Sequ
         bases: Read-only images below them, which stay where they are. Each is held by a second name: that
             tells the image cache that somebody needs it. Where no link is possible (another file system)
             it is not held.
+        older: Machines that were saved before, the best first: only what differs from the first that can
+            be used is written. None: nothing will be built on this one.
 
     Raises:
         Exhausted: the disk is full; nothing is left.
@@ -145,7 +158,14 @@ def write(saved: Saved, directory: Path, disks: Sequence[Path] = (), bases: Sequ
     try:
         _remove(partial)
         partial.mkdir(mode=0o700)
-        runs, digest = _write_ram(saved.memory_fd, partial / RAM)
+        size = os.fstat(saved.memory_fd).st_size
+        below: tuple[Layer, ...] = ()
+        chunks = before = None
+        if older is not None:
+            chunks = _digests(saved.memory_fd)
+            below, before = _build_on(older, partial, chunks, size)
+            _write_file(partial / layers.CHUNKS, bytes(chunks.content))
+        runs, digest = _write_ram(saved.memory_fd, partial / RAM, chunks, before)
         state = os.pread(saved.devices_fd, MAX_DEVICES_BYTES + 1, 0)
         _write_file(partial / DEVICES, state)
         digests = {}
@@ -157,9 +177,11 @@ def write(saved: Saved, directory: Path, disks: Sequence[Path] = (), bases: Sequ
         content = {
             "disks": digests,
             "facts": saved.facts,
-            "memory_bytes": os.fstat(saved.memory_fd).st_size,
+            "memory_bytes": size,
             "runs": runs,
             "ram": digest,
+            "below": [layer.plain() for layer in below],
+            "chunks": hashlib.sha256(chunks.content).hexdigest() if chunks else "",
             "devices": hashlib.sha256(state).hexdigest(),
         }
         text = json.dumps(content, sort_keys=True)
@@ -181,14 +203,50 @@ def _hold(base: Path, name: Path) -> None:
         log.warning("%s is not held: %s; without it the saved machine cannot start", base, error.strerror)
 
 
-def _write_ram(memory_fd: int, path: Path) -> tuple[list[list[int]], str]:
+def _digests(memory_fd: int) -> Digests:
+    """The digests of all chunks. Blocks: 0.3 s for 200 MiB."""
+    found = Digests.empty(os.fstat(memory_fd).st_size)
+    for start, length in data_parts(memory_fd):
+        for at in range(start, start + length, CHUNK):
+            chunk = os.pread(memory_fd, min(CHUNK, start + length - at), at)
+            if chunk != _ZEROS[: len(chunk)]:
+                found.put(at, chunk)
+    return found
+
+
+def _build_on(
+    bases: Sequence[Path], directory: Path, now: Digests, size: int
+) -> tuple[tuple[Layer, ...], Digests | None]:
+    """The layers of the first of `bases` that can be used, linked in `directory`, and its chunks' digests."""
+    for base in bases:
+        with contextlib.suppress(OSError, Corrupt):
+            manifest = read_manifest(base)
+            content = (base / layers.CHUNKS).read_bytes()
+            if manifest.memory_bytes != size or hashlib.sha256(content).hexdigest() != manifest.chunks:
+                continue
+            if not layers.worth_it(manifest.layers, now):
+                continue
+            try:
+                return layers.link(base, directory, manifest.layers), Digests(bytearray(content))
+            except OSError:
+                layers.unlink(directory, manifest.layers)
+    return (), None
+
+
+def _write_ram(
+    memory_fd: int, path: Path, now: Digests | None, older: Digests | None
+) -> tuple[list[list[int]], str]:
+    """Write the chunks that are not zero or, with `older`, those that differ from it."""
     runs: list[list[int]] = []
     digest = hashlib.sha256()
+    size = os.fstat(memory_fd).st_size
     with _create(path) as out:
-        for start, length in data_parts(memory_fd):
+        for start, length in data_parts(memory_fd) if older is None else [(0, size)]:
             for at in range(start, start + length, CHUNK):
+                if older is not None and now is not None and now.same(older, at):
+                    continue
                 chunk = os.pread(memory_fd, min(CHUNK, start + length - at), at)
-                if chunk == _ZEROS[: len(chunk)]:
+                if older is None and chunk == _ZEROS[: len(chunk)]:
                     continue
                 out.write(chunk)
                 digest.update(chunk)
@@ -256,8 +314,8 @@ class Manifest:
     facts: dict[str, Any]
     disks: dict[str, str]
     memory_bytes: int
-    runs: tuple[tuple[int, int], ...]
-    ram: str
+    layers: tuple[Layer, ...]
+    chunks: str
     devices: str
     digest: str
 
@@ -280,19 +338,23 @@ def read_manifest(directory: Path) -> Manifest:
             facts=content["facts"],
             disks={checked_name(name): str(digest) for name, digest in content["disks"].items()},
             memory_bytes=content["memory_bytes"],
-            runs=tuple((int(at), int(length)) for at, length in content["runs"]),
-            ram=content["ram"],
+            layers=_layers(content),
+            chunks=content["chunks"],
             devices=content["devices"],
             digest=whole["digest"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, "it is not what this version wrote") from error
-    end = 0
-    for at, length in manifest.runs:
-        if at < end or length <= 0 or at + length > manifest.memory_bytes:
-            raise _damaged(path, "its runs overlap or leave the memory")
-        end = at + length
     return manifest
+
+
+def _layers(content: dict[str, Any]) -> tuple[Layer, ...]:
+    own = {"file": RAM, "runs": content["runs"], "digest": content["ram"]}
+    found = tuple(layers.from_plain(each, content["memory_bytes"]) for each in (*content["below"], own))
+    for number, layer in enumerate(found[:-1]):
+        if layer.file != layers.name(number):
+            raise ValueError("its layers have other names")
+    return found
 
 
 def read(directory: Path) -> Saved:
@@ -307,7 +369,8 @@ def read(directory: Path) -> Saved:
     saved = Saved(memory_fd=memory, devices_fd=-1, facts=manifest.facts)
     try:
         saved.devices_fd = memory_file("voidbox-devices", 0)
-        _read_ram(directory / RAM, manifest, memory)
+        for layer in manifest.layers:
+            _read_ram(directory / layer.file, layer, memory)
         state = _read_devices(directory / DEVICES)
         if hashlib.sha256(state).hexdigest() != manifest.devices:
             raise _damaged(directory / DEVICES, "its digest is another")
@@ -327,11 +390,11 @@ def _read_devices(path: Path) -> bytes:
         raise _damaged(path, "it is missing") from error
 
 
-def _read_ram(path: Path, manifest: Manifest, memory: int) -> None:
+def _read_ram(path: Path, layer: Layer, memory: int) -> None:
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
-            for at, length in manifest.runs:
+            for at, length in layer.runs:
                 end = at + length
                 while at < end:
                     piece = file.read(min(_READ, end - at))
@@ -344,7 +407,7 @@ def _read_ram(path: Path, manifest: Manifest, memory: int) -> None:
                 raise _damaged(path, "it is too long")
     except FileNotFoundError as error:
         raise _damaged(path, "it is missing") from error
-    if digest.hexdigest() != manifest.ram:
+    if digest.hexdigest() != layer.digest:
         raise _damaged(path, "its digest is another")
 
 
@@ -367,12 +430,13 @@ def checked_name(name: str) -> str:
 
 
 def disk_bytes(directory: Path) -> int:
-    """What a saved machine takes of the disk, without the images that it only holds."""
+    """What a saved machine takes of the disk: its part of what it shares, nothing of images it holds."""
     total = 0
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(directory):
-            info = entry.stat(follow_symlinks=False)
-            total += info.st_blocks * 512 if info.st_nlink == 1 else 0
+            found = entry.stat(follow_symlinks=False)
+            if found.st_nlink == 1 or entry.name.startswith(RAM):
+                total += found.st_blocks * 512 // max(1, found.st_nlink)
     return total
 
 

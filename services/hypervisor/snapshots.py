@@ -105,7 +105,9 @@ class Snapshots:
             Exhausted: the disk is full, or it is larger than all may be together.
         """
         path = self._path(name)
-        await asyncio.to_thread(saved.write, machine, path, disks, _bases(config_of(machine.facts)))
+        older = await asyncio.to_thread(self._of_box, str(machine.facts["box_id"]))
+        bases = _bases(config_of(machine.facts))
+        await asyncio.to_thread(saved.write, machine, path, disks, bases, older=older)
         try:
             await asyncio.to_thread(self._make_room, name)
             return await self.get(name)
@@ -114,21 +116,29 @@ class Snapshots:
             raise
 
     def _make_room(self, new: str) -> None:
-        sizes = {path: saved.disk_bytes(path) for path in self._paths()}
-        mine = sizes.pop(self._path(new))
+        mine = saved.disk_bytes(self._path(new))
         if mine > self._limit:
             raise Exhausted(
                 f"snapshot {new} has {mine >> 20} MiB, all together may have {self._limit >> 20}; raise "
                 "VOIDBOX_HYPERVISOR_SNAPSHOTS_MIB",
                 reason="SNAPSHOT_TOO_LARGE",
             )
-        total = mine + sum(sizes.values())
-        for path in sorted(sizes, key=_used):
-            if total <= self._limit:
-                break
+        older = sorted((path for path in self._paths() if path.name != new), key=_used)
+        # What one shares with others stays, and counts for these then.
+        while older and sum(map(saved.disk_bytes, (*older, self._path(new)))) > self._limit:
+            path = older.pop(0)
             log.warning("snapshot %s is removed to make room for %s", path.name, new)
             shutil.rmtree(path, ignore_errors=True)
-            total -= sizes[path]
+
+    def _of_box(self, box_id: str) -> list[Path]:
+        """The snapshots of a box, the newest first."""
+        found = []
+        for path in self._paths():
+            with contextlib.suppress(OSError, VoidboxError, KeyError):
+                facts = saved.read_manifest(path).facts
+                if facts["box_id"] == box_id:
+                    found.append((float(facts["create_time"]), path))
+        return [path for _, path in sorted(found, reverse=True)]
 
     def _paths(self) -> list[Path]:
         return [
