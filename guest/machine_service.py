@@ -53,6 +53,9 @@ class MachineCalls:
                 raise wrong_state("the box has been claimed already", reason="CLAIMED")
             # Not stopped half-way by a caller that goes away.
             done = await asyncio.shield(asyncio.ensure_future(self._claim(wanted, confinement)))
+        if request.rehearsal:
+            # It is in the saved memory then: each machine restored from it tells the host what it has freed.
+            await asyncio.to_thread(boot.load_lazy, self.guest.settings, "balloon")
         log.info(f"claimed as {wanted.box_id!r}")
         return pb.ClaimResponse(
             hostname_set=done.hostname,

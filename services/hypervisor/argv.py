@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from services.hypervisor import ram_descriptor
 from services.hypervisor.model import Accelerator, Transport
 
 # Everything QEMU can emulate, but no fifth level of page tables: each walk of them is emulated too.
@@ -115,6 +116,7 @@ class MachineConfig:
     incoming: bool = False
     ports: int = 1
     nic_ports: int = 0
+    reclaims: bool = False
 
 
 def build_argv(machine: MachineConfig) -> list[str]:
@@ -166,6 +168,10 @@ def build_argv(machine: MachineConfig) -> list[str]:
         slot = machine.ports + number + 1
         argv += ["-device", f"pcie-root-port,id=nic{number},chassis={slot},slot={slot}"]
     argv += ["-object", "rng-builtin,id=entropy", "-device", "virtio-rng-pci,rng=entropy"]
+    if machine.reclaims and machine.ports > 1:
+        # The guest says what it has freed; the host has it back then. A kernel that counts on freed pages
+        # being zero leaves that alone without page-poison: here they are what they were in the template.
+        argv += ["-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,page-poison=off"]
     if machine.ports > 1:
         # Tells each restored guest that it is another one: its kernel draws new random numbers.
         argv += ["-device", "vmgenid,guid=auto,id=generation"]
@@ -207,7 +213,8 @@ def _memory(machine: MachineConfig) -> str:
     if machine.memory_fd is None:
         return f"memory-backend-memfd,{size},share=on,seal=on"
     share = "off" if machine.incoming else "on"
-    return f"memory-backend-file,{size},mem-path=/dev/fd/{machine.memory_fd},share={share}"
+    path = ram_descriptor.PATH if machine.incoming and machine.reclaims else f"/dev/fd/{machine.memory_fd}"
+    return f"memory-backend-file,{size},mem-path={path},share={share}"
 
 
 def _vsock(device: VsockDevice) -> list[str]:

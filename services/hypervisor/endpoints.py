@@ -126,6 +126,7 @@ def endpoints(
         incoming=plan.saved is not None,
         ports=1 if memory_fd is None else SAVED_PORTS,
         nic_ports=int(bool(plan.config.egress)) if memory_fd is None else SAVED_NIC_PORTS,
+        reclaims=programs.reclaims,
     )
     drop = os.geteuid() == 0
     config = ShimConfig(
@@ -140,6 +141,7 @@ def endpoints(
         overlays=plan.overlays,
         rooted_fds=plan.rooted_fds,
         devices=(KVM,) if plan.accelerator is Accelerator.KVM else (),
+        memory_fd=memory_fd if plan.saved is not None and programs.reclaims else None,
         namespaces=programs.confinement.namespaces,
         landlock=programs.confinement.landlock,
         cid=plan.cid,

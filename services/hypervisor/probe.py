@@ -17,7 +17,7 @@ from pathlib import Path
 
 from services.common.errors import InvalidInput, VoidboxError, WrongState
 from services.common.process import clean_env
-from services.hypervisor import host_confinement, inputs, programs, record
+from services.hypervisor import host_confinement, inputs, programs, reclaim, record
 from services.hypervisor.egress import host_network
 from services.hypervisor.inputs import Identity
 from services.hypervisor.model import Accelerator, Transport
@@ -76,7 +76,9 @@ class Prober:
             confinement = await host_confinement.find(found.system, self._identity.uid)
             if not confinement.whole:
                 log.warning("machines are not wholly confined on this host: %s", confinement.detail)
-            self._programs = dataclasses.replace(found, confinement=confinement)
+            if why := await reclaim.supported():
+                log.warning("boxes keep what memory their guests free on this host: %s", why)
+            self._programs = dataclasses.replace(found, confinement=confinement, reclaims=not why)
         return self._programs
 
     def forget(self) -> None:

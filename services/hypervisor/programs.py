@@ -19,12 +19,16 @@ _VERSION_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Programs:
-    """The programs, as absolute paths, QEMU's version, and what it can be confined by."""
+    """The programs, as absolute paths, QEMU's version, what it can be confined by.
+
+    `reclaims` says whether restored machines give memory back, see `ram_descriptor`.
+    """
 
     system: str
     image: str
     version: str
     confinement: HostConfinement = field(default_factory=HostConfinement)
+    reclaims: bool = False
 
 
 async def find(system: str = "qemu-system-x86_64", image: str = "qemu-img") -> Programs:

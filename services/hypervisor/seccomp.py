@@ -12,7 +12,8 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 
 # linux/seccomp.h, linux/audit.h, linux/filter.h, linux/prctl.h
@@ -187,6 +188,18 @@ class _SockFprog(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+@contextmanager
+def compiled(code: bytes) -> Iterator[ctypes._Pointer[_SockFprog]]:
+    """A pointer to a program for the kernel, valid within the block."""
+    buffer = ctypes.create_string_buffer(code, len(code))
+    yield ctypes.pointer(_SockFprog(len(code) // INSTRUCTION.size, ctypes.addressof(buffer)))
+
+
+def architecture(machine: str) -> int:
+    """AUDIT_ARCH_* of a processor as uname(2) says it."""
+    return _ARCHITECTURES[machine][0]
+
+
 def prctl(option: int, *arguments: int | ctypes._Pointer[_SockFprog]) -> None:
     """Call prctl(2) with up to four arguments.
 
@@ -213,12 +226,10 @@ def install(profile: Profile) -> None:
     Raises:
         SeccompUnavailable: there is no table for this processor, or no seccomp in this kernel.
     """
-    code = program(os.uname().machine, profile)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    fprog = _SockFprog(len(code) // INSTRUCTION.size, ctypes.addressof(buffer))
     no_new_privileges()
     try:
-        prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.pointer(fprog))
+        with compiled(program(os.uname().machine, profile)) as fprog:
+            prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, fprog)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOSYS):
             raise SeccompUnavailable("this kernel is built without seccomp filters") from error

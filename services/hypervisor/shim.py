@@ -28,7 +28,7 @@ import time
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from services.hypervisor import confine, console_ring, seccomp
+from services.hypervisor import confine, console_ring, ram_descriptor, seccomp
 from services.hypervisor.shim_config import (
     MAX_CONFIG_BYTES,
     STATS,
@@ -181,11 +181,14 @@ class Shim:
         """
         config = self._config
         failure, report = os.pipe()  # closed by exec; holds a line if exec failed
+        ours, theirs = socket.socketpair()
         self._pid = os.fork()
         if self._pid == 0:
             os.close(failure)
-            _become_machine(config, report)
+            _become_machine(config, report, theirs)
         os.close(report)
+        theirs.close()
+        self._memory_report = ours
         with open(failure, "rb", closefd=True) as pipe:
             problem = pipe.read(4096)
         if problem:
@@ -193,7 +196,7 @@ class Shim:
         # Only now: its own root and user were for QEMU's process to take on.
         confine.drop_privileges(config.uid, config.gid, config.groups)
         self._pidfd = os.pidfd_open(self._pid)
-        for fd in (*config.pass_fds, *config.layer_fds()):
+        for fd in {*config.pass_fds, *config.layer_fds()} - {config.memory_fd}:
             os.close(fd)
         self._loop.add(self._pidfd, IN, self._exited)
         if config.console_read_fd is not None and config.console_log_fd is not None:
@@ -245,9 +248,27 @@ class Shim:
             profile = seccomp.Profile.RELAY
         # Whatever can be loaded lazily is loaded now: no file can be opened afterwards.
         self._log(f"serves process {self._pid} by {config.transport}")
+        self._hand_over_memory()
         resource.setrlimit(resource.RLIMIT_NOFILE, (SHIM_FILES, SHIM_FILES))
         resource.setrlimit(resource.RLIMIT_DATA, (SHIM_DATA_BYTES, SHIM_DATA_BYTES))
         seccomp.install(profile)
+
+    def _hand_over_memory(self) -> None:
+        """Answer QEMU's open of its RAM; what it needs for that is closed then."""
+        memory = self._config.memory_fd
+        with self._memory_report:
+            if memory is None:
+                return
+            try:
+                listener = ram_descriptor.receive(self._memory_report)
+                try:
+                    ram_descriptor.answer(listener, memory, self._pidfd)
+                finally:
+                    os.close(listener)
+            except ram_descriptor.NotOpened as error:
+                raise SetupFailed(str(error)) from error
+            finally:
+                os.close(memory)
 
     # Serving
 
@@ -365,7 +386,7 @@ def _note(_number: int, _frame: FrameType | None) -> None:
     """The wakeup descriptor carries the news; Python only needs a handler to be set."""
 
 
-def _become_machine(config: ShimConfig, report: int) -> NoReturn:
+def _become_machine(config: ShimConfig, report: int, memory_report: socket.socket) -> NoReturn:
     """In the child: keep only what QEMU is to have, and become it."""
     try:
         signal.set_wakeup_fd(-1)
@@ -377,7 +398,7 @@ def _become_machine(config: ShimConfig, report: int) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         for fd in config.pass_fds:
             os.set_inheritable(fd, True)
-        keep = sorted({0, 1, 2, report, *config.pass_fds, *config.layer_fds()})
+        keep = sorted({0, 1, 2, report, memory_report.fileno(), *config.pass_fds, *config.layer_fds()})
         for low, high in zip(keep, [*keep[1:], 1 << 20], strict=True):
             os.closerange(low + 1, high)
         program = config.argv[0]
@@ -399,6 +420,8 @@ def _become_machine(config: ShimConfig, report: int) -> NoReturn:
         seccomp.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if _reader_gone(report):
             os._exit(EXIT_FAILED)
+        if config.memory_fd is not None:
+            ram_descriptor.install(memory_report)
         os.execve(program, config.argv, dict(config.env))  # noqa: S606
     except BaseException as error:
         os.write(report, f"cannot start {config.argv[0]}: {error}".encode()[:4096])

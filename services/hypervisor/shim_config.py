@@ -46,6 +46,7 @@ class ShimConfig:
             receives the changes, and the overlay's work directory.
         rooted_fds: Those of `overlays` in which root's files are to seem the machine's user's.
         devices: Device files that it opens by path, besides /dev/null and /dev/urandom.
+        memory_fd: The one that is its RAM and is handed to it by `ram_descriptor`, or None.
         namespaces: Who makes it namespaces of its own, see `confine.Namespaces`.
         landlock: Whether Landlock restricts it to these files.
         cid: The guest's vsock address.
@@ -72,6 +73,7 @@ class ShimConfig:
     overlays: tuple[tuple[int, int, int], ...] = ()
     rooted_fds: tuple[int, ...] = ()
     devices: tuple[str, ...] = ()
+    memory_fd: int | None = None
     namespaces: Namespaces = ""
     landlock: bool = False
     cid: int
@@ -115,6 +117,8 @@ class ShimConfig:
             raise ConfigInvalid("rooted_fds names no overlay, or there is no user for it")
         if (self.file_fds or self.overlays) and not self.namespaces:
             raise ConfigInvalid("file_fds and overlays need namespaces")
+        if self.memory_fd is not None and self.memory_fd not in self.pass_fds:
+            raise ConfigInvalid("memory_fd is a descriptor that QEMU does not inherit")
         if self.namespaces not in ("", "root", "user") or not isinstance(self.landlock, bool):
             raise ConfigInvalid(f"namespaces is {self.namespaces!r}, landlock {self.landlock!r}")
         if not all(isinstance(path, str) and path.startswith("/dev/") for path in self.devices):

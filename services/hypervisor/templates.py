@@ -102,7 +102,7 @@ def make_key(config: BoxConfig, programs: Programs, accelerator: Accelerator, di
     facts = {
         **files,
         **host_facts(programs, accelerator),
-        "machine": _machine(config, accelerator),
+        "machine": _machine(config, accelerator, reclaims=programs.reclaims),
     }
     return Key(
         id=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24],
@@ -119,6 +119,7 @@ def host_facts(programs: Programs, accelerator: Accelerator) -> dict[str, Any]:
     return {
         "qemu": f"{programs.version} {info.st_size} {info.st_mtime_ns}",
         "accelerator": accelerator.value,
+        "gives memory back": programs.reclaims,
         # Emulated processors are the same everywhere.
         "processor": _processor() if accelerator is Accelerator.KVM else "",
     }
@@ -131,7 +132,7 @@ def _processor(path: Path = Path("/proc/cpuinfo")) -> str:
     return "; ".join(value.strip() for name, _, value in pairs if name.strip() in wanted)
 
 
-def _machine(config: BoxConfig, accelerator: Accelerator) -> list[str]:
+def _machine(config: BoxConfig, accelerator: Accelerator, *, reclaims: bool) -> list[str]:
     """The command line, with numbers for descriptors that are always the same."""
     machine = MachineConfig(
         program="/qemu",
@@ -146,6 +147,7 @@ def _machine(config: BoxConfig, accelerator: Accelerator) -> list[str]:
         memory_fd=6,
         ports=argv.SAVED_PORTS,
         nic_ports=argv.SAVED_NIC_PORTS,
+        reclaims=reclaims,
     )
     return argv.build_argv(machine)
 

@@ -153,3 +153,11 @@ def test_a_processor_of_the_host_keeps_its_guards_and_an_emulated_one_boots_with
 
 def test_several_emulated_processors_keep_their_own_timers() -> None:
     assert "noapictimer" not in kernel_command_line(Accelerator.TCG, 2).split()
+
+
+def test_machines_that_are_saved_or_restored_report_what_they_free_and_others_have_no_driver() -> None:
+    balloon = "virtio-balloon-pci,id=balloon,free-page-reporting=on,page-poison=off"
+    saved = dataclasses.replace(PLAIN, ports=7, memory_fd=9)
+    assert balloon in build_argv(dataclasses.replace(saved, reclaims=True))
+    assert balloon not in build_argv(saved)
+    assert balloon not in build_argv(dataclasses.replace(PLAIN, reclaims=True))
