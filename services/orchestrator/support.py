@@ -80,7 +80,7 @@ def _llm(place: str, llm: Llm | None) -> Iterator[str]:
     if provider is not Provider.MOCK:
         default = "" if llm else " (the default)"
         yield (
-            f"{place}.provider: {provider}{default} needs network egress, which this version does not have; "
+            f"{place}.provider: {provider}{default} is not in this version; "
             "use `provider: mock`, or `run` to start a program instead of an agent"
         )
     elif llm is not None and llm.credential_proxy:

@@ -848,7 +848,7 @@ async def test_create_is_idempotent_by_run_id(harness: Harness) -> None:
     ("spec", "more", "reason", "text"),
     [
         ({"kind": "agent"}, {}, "INVALID_SPEC", "s.json:1:1: key 'name' is missing"),
-        (agent() | {"llm": {"provider": "codex"}}, {}, "NOT_IN_THIS_VERSION", "codex needs network egress"),
+        (agent() | {"llm": {"provider": "codex"}}, {}, "NOT_IN_THIS_VERSION", "codex is not in this version"),
         (agent() | {"llm": None}, {}, "NOT_IN_THIS_VERSION", "claude (the default) needs network"),
         (agent() | {"sandbox": {"network": {"allow": ["a b"]}}}, {}, "INVALID_SPEC", "network.allow[0]"),
         (
