@@ -849,7 +849,7 @@ async def test_create_is_idempotent_by_run_id(harness: Harness) -> None:
     [
         ({"kind": "agent"}, {}, "INVALID_SPEC", "s.json:1:1: key 'name' is missing"),
         (agent() | {"llm": {"provider": "codex"}}, {}, "NOT_IN_THIS_VERSION", "codex is not in this version"),
-        (agent() | {"llm": None}, {}, "NOT_IN_THIS_VERSION", "claude (the default) needs network"),
+        (agent() | {"llm": None}, {}, "NOT_IN_THIS_VERSION", "claude (the default) is not in this version"),
         (agent() | {"sandbox": {"network": {"allow": ["a b"]}}}, {}, "INVALID_SPEC", "network.allow[0]"),
         (
             agent() | {"sandbox": {"snapshot": "x", "image": "y"}},
