@@ -169,7 +169,7 @@ async def test_what_cannot_start_says_why_and_leaves_nothing(
     async with agent.client() as client:
         await client.sh("true")
         before = agent.open_files()
-        for _ in range(2):  # the id is free again
+        for _ in range(8):  # the id is free again
             with pytest.raises(aio.AioRpcError) as caught:
                 await client.run(**({"exec_id": "fails"} | fields))
             assert caught.value.code() is code, caught.value.details()
@@ -178,7 +178,10 @@ async def test_what_cannot_start_says_why_and_leaves_nothing(
             if why == "PROGRAM_NOT_FOUND":
                 assert fields["program"] in str(caught.value.details())
                 assert "/usr/bin" in found.metadata["PATH"]
-        assert agent.open_files() == before
+        # Connections of the test before may have been open then, and what has just ended may still be.
+        async with asyncio.timeout(60):
+            while agent.open_files() > before:
+                await client.sh("true")
         answer = await client.stub.ListExecs(pb.ListExecsRequest(page_size=1000), metadata=METADATA)
         assert "fails" not in {one.exec_id for one in answer.execs}
 

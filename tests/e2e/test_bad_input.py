@@ -104,10 +104,10 @@ def test_more_memory_than_the_host_has_is_refused(voidbox: Voidbox, tmp_path: Pa
     assert "memory" in text
 
 
-def test_a_network_that_is_not_there_yet_is_not_silently_left_out(voidbox: Voidbox, tmp_path: Path) -> None:
+def test_a_network_of_nonsense_is_refused_by_its_rule(voidbox: Voidbox, tmp_path: Path) -> None:
     document = pipeline("bad", program_box("one", "true"))
-    document["sandbox"]["network"] = True
-    assert "sandbox.network" in refused(voidbox, document, tmp_path, 3)
+    document["sandbox"]["network"] = {"allow": ["a b"]}
+    assert "sandbox.network.allow[0]" in refused(voidbox, document, tmp_path, 3)
 
 
 def test_a_registry_that_does_not_answer_is_named(voidbox: Voidbox) -> None:
