@@ -227,9 +227,13 @@ class Machine:
     def connect(self, command: str, seconds: float = STREAM_SECONDS) -> socket.socket:
         """A stream to the guest's server that has been told `command`."""
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(seconds)
-        sock.connect(str(self.guest_socket))
-        sock.sendall(command.encode() + b"\n")
+        try:
+            sock.settimeout(seconds)
+            sock.connect(str(self.guest_socket))
+            sock.sendall(command.encode() + b"\n")
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     def ask(self, command: str, data: bytes = b"") -> bytes:
