@@ -70,7 +70,7 @@ class NotOpened(Exception):
 def program(machine: str) -> bytes:
     """The filter as the kernel takes it, for a processor as uname(2) says it."""
     openat, fallocate, _ = SYSTEM_CALLS[machine]
-    arch = seccomp.architecture(machine)
+    arch, _ = seccomp.table(machine)
 
     def argument(number: int) -> tuple[int, int, int, int]:
         return BPF_LD_W_ABS, 0, 0, OFFSET_ARGS + 8 * number

@@ -122,9 +122,7 @@ def program(machine: str, profile: Profile) -> bytes:
     Raises:
         SeccompUnavailable: there is no table for `machine`.
     """
-    if machine not in _ARCHITECTURES:
-        raise SeccompUnavailable(f"no system call table for {machine}; x86_64 and aarch64 have one")
-    arch, column = _ARCHITECTURES[machine]
+    arch, column = table(machine)
 
     def number(name: str) -> int:
         return _NUMBERS[name][column]
@@ -195,9 +193,15 @@ def compiled(code: bytes) -> Iterator[ctypes._Pointer[_SockFprog]]:
     yield ctypes.pointer(_SockFprog(len(code) // INSTRUCTION.size, ctypes.addressof(buffer)))
 
 
-def architecture(machine: str) -> int:
-    """AUDIT_ARCH_* of a processor as uname(2) says it."""
-    return _ARCHITECTURES[machine][0]
+def table(machine: str) -> tuple[int, int]:
+    """AUDIT_ARCH_* of a processor as uname(2) says it, and its column in tables of call numbers.
+
+    Raises:
+        SeccompUnavailable: there is no table for it.
+    """
+    if machine not in _ARCHITECTURES:
+        raise SeccompUnavailable(f"no system call table for {machine}; x86_64 and aarch64 have one")
+    return _ARCHITECTURES[machine]
 
 
 def prctl(option: int, *arguments: int | ctypes._Pointer[_SockFprog]) -> None:
@@ -226,9 +230,18 @@ def install(profile: Profile) -> None:
     Raises:
         SeccompUnavailable: there is no table for this processor, or no seccomp in this kernel.
     """
+    put(program(os.uname().machine, profile))
+
+
+def put(code: bytes) -> None:
+    """Have the calling process, which has one thread, run under a program for good.
+
+    Raises:
+        SeccompUnavailable: there is no seccomp in this kernel.
+    """
     no_new_privileges()
     try:
-        with compiled(program(os.uname().machine, profile)) as fprog:
+        with compiled(code) as fprog:
             prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, fprog)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOSYS):

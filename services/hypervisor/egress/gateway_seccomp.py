@@ -6,7 +6,6 @@ No program is started, no process made, no file opened, no socket of another kin
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import socket
@@ -14,15 +13,16 @@ import socket
 from services.hypervisor import seccomp
 from services.hypervisor.seccomp import (
     BPF_JEQ_K,
+    BPF_JSET_K,
     BPF_LD_W_ABS,
     BPF_RET_K,
     INSTRUCTION,
     OFFSET_ARCH,
     OFFSET_ARGS,
     OFFSET_NUMBER,
+    PROT_EXEC,
     RET_ALLOW,
     RET_KILL_PROCESS,
-    SeccompUnavailable,
 )
 
 _RET_EPERM = 0x00050000 | errno.EPERM
@@ -47,7 +47,6 @@ _NUMBERS: dict[str, tuple[int, int]] = {
     "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
 }  # fmt: skip
 _SOCKET, _MMAP = (41, 198), (9, 222)
-_PROT_EXEC = 4
 
 
 def program(machine: str) -> bytes:
@@ -56,9 +55,7 @@ def program(machine: str) -> bytes:
     Raises:
         SeccompUnavailable: there is no table for it.
     """
-    if machine not in seccomp._ARCHITECTURES:
-        raise SeccompUnavailable(f"no system call table for {machine}; x86_64 and aarch64 have one")
-    arch, column = seccomp._ARCHITECTURES[machine]
+    arch, column = seccomp.table(machine)
     code = [
         (BPF_LD_W_ABS, 0, 0, OFFSET_ARCH),
         (BPF_JEQ_K, 1, 0, arch),
@@ -79,7 +76,7 @@ def program(machine: str) -> bytes:
         # Memory that is not code.
         (BPF_JEQ_K, 0, 4, _MMAP[column]),
         (BPF_LD_W_ABS, 0, 0, OFFSET_ARGS + 16),
-        (seccomp.BPF_JSET_K, 0, 1, _PROT_EXEC),
+        (BPF_JSET_K, 0, 1, PROT_EXEC),
         (BPF_RET_K, 0, 0, _RET_EPERM),
         (BPF_RET_K, 0, 0, RET_ALLOW),
         (BPF_RET_K, 0, 0, _RET_EPERM),
@@ -93,13 +90,4 @@ def install() -> None:
     Raises:
         SeccompUnavailable: there is no table for this processor, or no seccomp in this kernel.
     """
-    code = program(os.uname().machine)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    fprog = seccomp._SockFprog(len(code) // INSTRUCTION.size, ctypes.addressof(buffer))
-    seccomp.no_new_privileges()
-    try:
-        seccomp.prctl(seccomp.PR_SET_SECCOMP, seccomp.SECCOMP_MODE_FILTER, ctypes.pointer(fprog))
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOSYS):
-            raise SeccompUnavailable("this kernel is built without seccomp filters") from error
-        raise
+    seccomp.put(program(os.uname().machine))
