@@ -7,14 +7,12 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from services.common.errors import NotFound, WrongState
-from services.common.process import clean_env
 from services.hypervisor import layout, record
+from services.hypervisor.egress import child
 from services.hypervisor.egress.attach_broker import BoxBroker, intercept
 from services.hypervisor.egress.gateway_config import GatewayConfig
 from services.hypervisor.egress.settings import GatewaySettings
@@ -75,7 +73,7 @@ class BoxGateway:
             intercepted = intercept(interceptions, machine, settings.extra_ca, stack)
             config_read, config_write = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, config_read)
-            pipe = stack.enter_context(os.fdopen(config_write, "wb", buffering=0))
+            pipe = stack.enter_context(os.fdopen(config_write, "wb"))
             config = GatewayConfig(
                 box=box,
                 policy=policy,
@@ -93,7 +91,7 @@ class BoxGateway:
                 interception=intercepted.told,
             )
             fds = (config_read, machine, theirs.fileno(), audit, *intercepted.fds)
-            pid = await asyncio.to_thread(_spawn, config_read, fds, log)
+            pid = await asyncio.to_thread(child.spawn, _MODULE, config_read, fds, log)
             process = Process.watch(pid)
             gateway = cls(process)
             gateway.certificate = intercepted.certificate
@@ -102,7 +100,7 @@ class BoxGateway:
                 gateway._note(directory)
                 theirs.close()
                 with contextlib.suppress(BrokenPipeError):
-                    await asyncio.to_thread(_write_all, pipe, config.to_json())
+                    await asyncio.to_thread(child.write, pipe, config.to_json())
                 gateway._tap = await _receive_tap(ours, box)
             except BaseException:
                 process.kill_group()
@@ -194,25 +192,3 @@ async def _readable(one: socket.socket) -> None:
 
 def _append(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-
-def _write_all(pipe: object, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[pipe.write(view) :]  # type: ignore[attr-defined]
-    pipe.close()  # type: ignore[attr-defined]
-
-
-def _spawn(config_fd: int, fds: tuple[int, ...], log: int) -> int:
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", _MODULE, "--config-fd", str(config_fd)],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        cwd="/",
-        env=clean_env(),
-        pass_fds=fds,
-        start_new_session=True,
-    )
-    child.returncode = 0  # it is watched and reaped by pidfd; Popen must not try, nor warn
-    return child.pid

@@ -6,13 +6,11 @@ import asyncio
 import contextlib
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.common.process import clean_env
+from services.hypervisor.egress import child
 from services.hypervisor.egress.broker_process import BrokerConfig
 from services.hypervisor.egress.credential import Interceptions
 from services.hypervisor.pidfd import Process
@@ -66,19 +64,16 @@ class Intercepted:
         if self.broker is None:
             return None
         data = self.broker.to_json()
+        fds = (self.broker.machine_fd, self.broker.socket_fd)
         read, write = os.pipe2(os.O_CLOEXEC)
-        try:
-            pid = await asyncio.to_thread(
-                _spawn, read, (read, self.broker.machine_fd, self.broker.socket_fd), log
-            )
-        except BaseException:
-            os.close(write)
-            raise
-        finally:
-            os.close(read)
-        broker = BoxBroker(Process.watch(pid))
-        with contextlib.suppress(BrokenPipeError):  # it ended; the gateway's questions say so
-            await asyncio.to_thread(_write, write, data)
+        with os.fdopen(write, "wb") as pipe:
+            try:
+                pid = await asyncio.to_thread(child.spawn, _MODULE, read, (read, *fds), log)
+            finally:
+                os.close(read)
+            broker = BoxBroker(Process.watch(pid))
+            with contextlib.suppress(BrokenPipeError):  # it ended; the gateway's questions say so
+                await asyncio.to_thread(child.write, pipe, data)
         return broker
 
 
@@ -104,23 +99,3 @@ def intercept(text: str, machine_fd: int, extra_ca: str, stack: contextlib.ExitS
             machine_fd=machine_fd, socket_fd=ours.fileno(), token=told.token, grants=grants, extra_ca=extra_ca
         )
     return Intercepted(told=told.to_json(), certificate=certificate, fds=told.fds, broker=broker)
-
-
-def _spawn(config_fd: int, fds: tuple[int, ...], log: int) -> int:
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", _MODULE, "--config-fd", str(config_fd)],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        cwd="/",
-        env=clean_env(),
-        pass_fds=fds,
-        start_new_session=True,
-    )
-    child.returncode = 0  # it is watched and reaped by pidfd; Popen must not try, nor warn
-    return child.pid
-
-
-def _write(pipe: int, data: bytes) -> None:
-    with open(pipe, "wb") as file:
-        file.write(data)
