@@ -6,10 +6,11 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 from services.hypervisor import console_ring
-from services.hypervisor.inotify import FileWatch
+from services.hypervisor.inotify import rounds
 
 _ESCAPES = re.compile(rb"\x1b(\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_c])|[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -54,23 +55,12 @@ async def read(
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         position = max(0, console_ring.end(fd) + offset) if offset < 0 else offset
-        with FileWatch(path) as watch:
-            end = asyncio.create_task(ended.wait())
-            try:
-                while True:
-                    watch.clear()
-                    last_round = ended.is_set()
+        async with aclosing(rounds(path, follow=follow, ended=ended)) as following:
+            async for _ in following:
+                start, data = console_ring.read(fd, position)
+                while data:
+                    yield start, data
+                    position = start + len(data)
                     start, data = console_ring.read(fd, position)
-                    while data:
-                        yield start, data
-                        position = start + len(data)
-                        start, data = console_ring.read(fd, position)
-                    if not follow or last_round:
-                        return
-                    change = asyncio.create_task(watch.wait())
-                    await asyncio.wait({change, end}, return_when=asyncio.FIRST_COMPLETED)
-                    change.cancel()
-            finally:
-                end.cancel()
     finally:
         os.close(fd)

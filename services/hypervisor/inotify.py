@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 _IN_MODIFY = 0x2
@@ -46,6 +47,30 @@ class FileWatch:
     def __exit__(self, *_: object) -> None:
         asyncio.get_running_loop().remove_reader(self._fd)
         os.close(self._fd)
+
+
+async def rounds(path: Path, *, follow: bool, ended: asyncio.Event) -> AsyncGenerator[None, None]:
+    """Yield each time the file is to be read to its end: once, or until `ended` has been set if `follow`.
+
+    Nothing that is written before `ended` is missed. To be closed by whoever leaves early.
+
+    Raises:
+        OSError: the file cannot be watched.
+    """
+    with FileWatch(path) as watch:
+        end = asyncio.create_task(ended.wait())
+        try:
+            while True:
+                watch.clear()
+                last = not follow or ended.is_set()
+                yield
+                if last:
+                    return
+                change = asyncio.create_task(watch.wait())
+                await asyncio.wait({change, end}, return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
+        finally:
+            end.cancel()
 
 
 def _checked(result: int) -> int:

@@ -6,11 +6,12 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 from services.common.errors import OffsetLost
-from services.hypervisor.inotify import FileWatch
+from services.hypervisor.inotify import rounds
 
 MAX_BATCH = 128
 _CHUNK = 1 << 18
@@ -37,27 +38,16 @@ async def read(
     try:
         if not 0 <= offset <= os.fstat(fd).st_size or (offset and os.pread(fd, 1, offset - 1) != b"\n"):
             raise OffsetLost(f"offset {offset} is none of the egress log", offset=offset)
-        with FileWatch(path) as watch:
-            end = asyncio.create_task(ended.wait())
-            try:
-                while True:
-                    watch.clear()
-                    last_round = ended.is_set()
-                    while data := os.pread(fd, _CHUNK, offset):
-                        whole = data[: data.rfind(b"\n") + 1]
-                        if not whole:
-                            break  # a line that is being written
-                        lines = whole.splitlines(keepends=True)
-                        for at in range(0, len(lines), MAX_BATCH):
-                            batch = lines[at : at + MAX_BATCH]
-                            offset += sum(map(len, batch))
-                            yield offset, [json.loads(line) for line in batch]
-                    if not follow or last_round:
-                        return
-                    change = asyncio.create_task(watch.wait())
-                    await asyncio.wait({change, end}, return_when=asyncio.FIRST_COMPLETED)
-                    change.cancel()
-            finally:
-                end.cancel()
+        async with aclosing(rounds(path, follow=follow, ended=ended)) as following:
+            async for _ in following:
+                while data := os.pread(fd, _CHUNK, offset):
+                    whole = data[: data.rfind(b"\n") + 1]
+                    if not whole:
+                        break  # a line that is being written
+                    lines = whole.splitlines(keepends=True)
+                    for at in range(0, len(lines), MAX_BATCH):
+                        batch = lines[at : at + MAX_BATCH]
+                        offset += sum(map(len, batch))
+                        yield offset, [json.loads(line) for line in batch]
     finally:
         os.close(fd)
