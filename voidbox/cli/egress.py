@@ -6,9 +6,9 @@ import asyncio
 
 from google.protobuf.json_format import MessageToDict
 
-from services.common.errors import NotFound
 from voidbox.cli.connection import Context, Stack
 from voidbox.cli.interrupts import until_interrupted
+from voidbox.cli.runs import run_with_stage
 from voidbox.cli.screen import safe, size
 from voidbox.common.v1 import common_pb2
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
@@ -24,14 +24,7 @@ async def _log(context: Context, stack: Stack) -> int:
 
     async def show() -> None:
         async with stack.connect() as client:
-            run = await client.get_run(args.run)
-            names = [stage.name for stage in run.stages]
-            if args.stage is not None and args.stage not in names:
-                raise NotFound(
-                    f"run {run.id} has no stage {args.stage!r}; it has: {', '.join(names)}",
-                    reason="STAGE_NOT_FOUND",
-                    run=run.id,
-                )
+            run = await run_with_stage(client, args.run, args.stage)
             async for event in client.watch_run(run.id, follow=args.follow):
                 if event.WhichOneof("event") != "egress" or args.stage not in (None, event.stage):
                     continue

@@ -13,6 +13,7 @@ from voidbox.cli.progress import JsonDisplay
 from voidbox.cli.report import stage_data, took
 from voidbox.cli.screen import duration, safe, table
 from voidbox.cli.view import ENDED, RUN_ENDED, RunView, kind_name, run_state, seconds_between
+from voidbox.client import Client
 from voidbox.orchestrator.v1 import orchestrator_pb2 as pb
 
 
@@ -62,6 +63,23 @@ async def _list(stack: Stack, *, active: bool) -> list[pb.Run]:
         return [run async for run in client.list_runs(active=active)]
 
 
+async def run_with_stage(client: Client, run_id: str, stage: str | None) -> pb.Run:
+    """The run, which has that stage, if one is named.
+
+    Raises:
+        NotFound: there is no such run, or it has no such stage.
+    """
+    run = await client.get_run(run_id)
+    names = [one.name for one in run.stages]
+    if stage is not None and stage not in names:
+        raise NotFound(
+            f"run {run.id} has no stage {stage!r}; it has: {', '.join(names)}",
+            reason="STAGE_NOT_FOUND",
+            run=run.id,
+        )
+    return run
+
+
 def logs_command(context: Context) -> int:
     """Print the output of a run's programs, as text or all its events as JSON."""
     return asyncio.run(_logs(context, context.stack()))
@@ -72,16 +90,9 @@ async def _logs(context: Context, stack: Stack) -> int:
 
     async def show() -> None:
         async with stack.connect() as client:
-            run = await client.get_run(args.run)
-            names = [stage.name for stage in run.stages]
-            if args.stage is not None and args.stage not in names:
-                raise NotFound(
-                    f"run {run.id} has no stage {args.stage!r}; it has: {', '.join(names)}",
-                    reason="STAGE_NOT_FOUND",
-                    run=run.id,
-                )
+            run = await run_with_stage(client, args.run, args.stage)
             view = RunView(run)
-            width = max((len(name) for name in names), default=0)
+            width = max((len(stage.name) for stage in run.stages), default=0)
             async for event in client.watch_run(run.id, args.from_offset, follow=args.follow):
                 if args.stage is not None and event.stage != args.stage:
                     continue
