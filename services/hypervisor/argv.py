@@ -229,10 +229,6 @@ def _vsock(device: VsockDevice) -> list[str]:
     ]
 
 
-def _disk_fds(disk: DiskDevice) -> list[int]:
-    return [disk.base_fd] if disk.overlay_fd is None else [disk.base_fd, disk.overlay_fd]
-
-
 def _disk(number: int, disk: DiskDevice, sets: _FdSets, place: Mapping[str, object]) -> list[str]:
     argv = [*sets.add(disk.base_fd)]
     if disk.overlay_fd is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import re
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -140,11 +139,6 @@ def check_target(target: str) -> None:
         raise HttpError(400, "the path has dot segments; ask for the path that is meant", reason="PATH")
     if b"\\" in twice or min(twice, default=32) < 32:
         raise HttpError(400, "the path has characters that servers read differently", reason="PATH")
-
-
-def make_placeholder(prefix: str = "", length: int = 24) -> str:
-    """A value that looks like a credential to programs and is none."""
-    return f"{prefix}voidbox{secrets.token_hex(length // 2)}"
 
 
 def find(rules: Iterable[Rule], request: Request, host: str, port: int) -> Rule | None:
