@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import os
-import ssl
 import subprocess
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tests.egress_servers.served import Served
 
-class GitStub:
+
+class GitStub(Served):
     """A context manager. `root` holds bare repositories."""
 
     def __init__(self, certificate: tuple[Path, Path], root: Path, user: str, token: str) -> None:
@@ -76,19 +76,6 @@ class GitStub:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*certificate)
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self._server.block_on_close = False
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self.port: int = self._server.server_address[1]
-
-    def __enter__(self) -> GitStub:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.block_on_close = False
+        super().__init__(server, certificate)

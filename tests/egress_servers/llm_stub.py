@@ -7,18 +7,19 @@ Each request's path, credentials and body are kept in `seen`.
 from __future__ import annotations
 
 import json
-import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.egress_servers.served import Served
+
 TEXT = "The answer is 42."
 COMMAND = "echo made-by-a-tool > tool.txt"
 
 
-class ModelStub:
+class ModelStub(Served):
     """A context manager; `port` is where it listens.
 
     Args:
@@ -110,22 +111,7 @@ class ModelStub:
             def handle_error(self, *_: object) -> None:
                 """A client that hangs up is part of the tests."""
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        if certificate is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(*certificate)
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self.port: int = self._server.server_address[1]
-
-    def __enter__(self) -> ModelStub:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__(Server(("127.0.0.1", 0), Handler), certificate)
 
     def calls(self, ending: str) -> list[dict[str, Any]]:
         """The bodies of the requests to a path with this end."""

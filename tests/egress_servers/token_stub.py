@@ -6,15 +6,16 @@ Counts what it was asked. Runs in a thread of the test.
 from __future__ import annotations
 
 import json
-import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+from tests.egress_servers.served import Served
 
-class TokenStub:
+
+class TokenStub(Served):
     """A context manager; `url` is the endpoint."""
 
     def __init__(self, certificate: tuple[Path, Path], first: str = "refresh-0-of-the-host") -> None:
@@ -41,22 +42,10 @@ class TokenStub:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = False
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*certificate)
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self.url = f"https://localhost:{self._server.server_address[1]}/oauth/token"
-
-    def __enter__(self) -> TokenStub:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = False
+        super().__init__(server, certificate)
+        self.url = f"https://localhost:{self.port}/oauth/token"
 
     def _answer(self, kind: str, body: bytes) -> tuple[int, dict[str, Any]]:
         fields = json.loads(body) if "json" in kind else {k: v[0] for k, v in parse_qs(body.decode()).items()}
