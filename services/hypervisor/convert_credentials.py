@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 from services.common.egress.names import normalize_pattern
 from services.common.errors import InvalidInput
+from services.hypervisor.egress.budget import Budget
 from services.hypervisor.egress.credential import Credential, Interceptions
-from services.hypervisor.egress.meter import Budget
 from services.hypervisor.egress.rules import Placement
 from voidbox.hypervisor.v1 import hypervisor_pb2 as pb
 

@@ -18,7 +18,8 @@ import pytest
 import pytest_asyncio
 
 from services.hypervisor.egress.audit import AuditLog
-from services.hypervisor.egress.meter import Budget, Meter
+from services.hypervisor.egress.budget import Budget
+from services.hypervisor.egress.meter import Meter
 from services.hypervisor.egress.prices import Prices
 from services.hypervisor.egress.rules import Rule
 from services.hypervisor.egress.secret import Secret

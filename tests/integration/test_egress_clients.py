@@ -19,11 +19,12 @@ import pytest
 import websockets
 
 from services.common.process import clean_env, run
-from services.hypervisor.egress.assembly import Interception, build
+from services.hypervisor.egress.assembly import build
 from services.hypervisor.egress.audit import AuditLog
-from services.hypervisor.egress.broker_process import BrokerConfig
+from services.hypervisor.egress.broker_config import BrokerConfig
+from services.hypervisor.egress.budget import Budget
 from services.hypervisor.egress.ca import BoxAuthority
-from services.hypervisor.egress.meter import Budget
+from services.hypervisor.egress.interception import Interception
 from services.hypervisor.egress.rules import Placement, Rule
 from services.hypervisor.egress.secret import Secret
 from tests.egress_host import Gateway, HostAuthority, Vault, api_server

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.hypervisor.egress import child
-from services.hypervisor.egress.broker_process import BrokerConfig
+from services.hypervisor.egress.broker_config import BrokerConfig
 from services.hypervisor.egress.credential import Interceptions
 from services.hypervisor.pidfd import Process
 

@@ -8,50 +8,25 @@ one login renew it once together (see `oauth.py`), so no process of the host mus
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import os
 import resource
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from services.common.errors import InvalidInput
 from services.hypervisor import seccomp
 from services.hypervisor.egress.broker import Broker, Grant
+from services.hypervisor.egress.broker_config import MAX_CONFIG_BYTES, BrokerConfig
 from services.hypervisor.egress.oauth import Endpoint, OAuthOwner
 from services.hypervisor.egress.serverside import trust
 from services.hypervisor.egress.sources import CommandSource, FileSource, KeyringSource, Source, ValueSource
 from services.hypervisor.egress.token_file import TokenFile
 
 _DUMPABLE = 4
-MAX_CONFIG_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokerConfig:
-    """What a broker is told.
-
-    Attributes:
-        machine_fd: pidfd of the machine's process.
-        socket_fd: The gateway has the other end.
-        token: The box's.
-        grants: By rule: `hosts`, and `source` as `make_source` takes it.
-        extra_ca: PEM certificates that the host trusts besides its own.
-    """
-
-    machine_fd: int
-    socket_fd: int
-    token: str = field(repr=False)
-    grants: Mapping[str, Mapping[str, Any]] = field(repr=False)
-    extra_ca: str = ""
-
-    def to_json(self) -> bytes:
-        """What to write to the pipe."""
-        return json.dumps(dataclasses.asdict(self)).encode()
 
 
 def make_source(data: Mapping[str, Any], extra_ca: bytes = b"") -> Source:

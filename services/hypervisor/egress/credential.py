@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from services.hypervisor.egress.assembly import Interception
-from services.hypervisor.egress.ca import BoxAuthority
-from services.hypervisor.egress.meter import Budget
+from services.hypervisor.egress.budget import Budget
+from services.hypervisor.egress.interception import Interception
 from services.hypervisor.egress.rules import Placement, Rule, TokenEndpoint
 
 CERTIFICATE = "/etc/voidbox/ca.pem"
@@ -144,6 +143,9 @@ class Interceptions:
             broker_fd: The gateway's end of the socket to its broker.
             extra_ca: PEM certificates that the host trusts besides its own.
         """
+        # Only here: cryptography is of no use to a hypervisor whose boxes have no credentials.
+        from services.hypervisor.egress.ca import BoxAuthority
+
         rules = tuple(one.rule() for one in self.credentials)
         endpoints = tuple(found for one in self.credentials if (found := one.endpoint()) is not None)
         told = Interception(

@@ -12,17 +12,15 @@ import json
 import mmap
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from services.common.egress.names import matches
 from services.hypervisor.egress.audit import AuditLog, Event
+from services.hypervisor.egress.budget import Budget
 from services.hypervisor.egress.intercept import KEPT_BODY, collect, joined
 from services.hypervisor.egress.message import Headers, HttpError, Request, get
 from services.hypervisor.egress.prices import Prices
 from services.hypervisor.egress.usage import Usage, UsageReader
-
-Action = Literal["stop", "pause"]
 
 # Requests that make a model work; others of the same host (lists of models, counts) cost nothing.
 _METERED: Final = ("/messages", "/chat/completions", "/responses", "/completions", "/embeddings", "/api/chat",
@@ -30,23 +28,6 @@ _METERED: Final = ("/messages", "/chat/completions", "/responses", "/completions
 _OUTPUT_LIMITS: Final = ("max_tokens", "max_output_tokens", "max_completion_tokens")
 # What a model writes at most if a request does not say: the largest that any has.
 _DEFAULT_OUTPUT: Final = 128_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What a box may use; 0 means no limit.
-
-    Attributes:
-        requests: Requests to metered hosts.
-        tokens: Tokens of all kinds together.
-        usd: Cost by the table of prices, or as the provider says.
-        action: Whether a request over budget is refused, or waits until there is more.
-    """
-
-    requests: int = 0
-    tokens: int = 0
-    usd: float = 0.0
-    action: Action = "stop"
 
 
 class Totals:
